@@ -178,6 +178,11 @@ class EvalTransform:
 
 def normalize(images: Tensor, config: PreprocessConfig) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 of the same shape, zero mean and unit variance per channel."""
+    return standardize(images.float().div_(255), config)
+
+
+def standardize(images: Tensor, config: PreprocessConfig) -> Tensor:
+    """Floats in 0-1, (N, 3, H, W) -> the same tensor with each channel's mean and std taken out."""
     mean = torch.tensor(config.mean, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(config.std, device=images.device).view(1, 3, 1, 1)
-    return images.float().div_(255).sub_(mean).div_(std)
+    return images.sub_(mean).div_(std)

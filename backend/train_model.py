@@ -1,0 +1,941 @@
+"""Train a network to tell dishes apart, and release it for serving.
+
+    python backend/train_model.py --sample --model_name efficientnet_lite0 --epochs 5
+        a few minutes on two CPU cores, nothing to download: drawn plates, a whole run
+    python backend/train_model.py --epochs 20 --model_name mobilenet_v2
+        Food-101 (5 GB, downloaded once to data/): hours on a CPU, well under one on a GPU
+    python backend/train_model.py --epochs 20 --model_name mobilenet_v2 --resume auto
+        the same command goes on where it was cut off, to the same weights
+    python backend/train_model.py --predict lunch.jpg
+        what the newest model sees
+
+The model goes to ml-models/ (food_model_vN.pth, class_to_idx.json, model_config.json and a report),
+what resuming needs to checkpoints/, and the history to metrics.jsonl there and to MLflow
+(mlflow ui --backend-store-uri sqlite:///mlflow.db). MODEL_TRAINING_GUIDE.md explains each flag.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from app.ml.artifacts import (
+    CLASS_MAP_NAME,
+    CONFIG_NAME,
+    ArtifactError,
+    ModelRecord,
+    record_name,
+    report_folder_name,
+    weights_name,
+    write_durably,
+)
+from app.ml.model import (
+    TrainedPart,
+    WeightsError,
+    backbone,
+    build_model,
+    describe_split,
+    dropout_mask,
+    inference_copy,
+    load_pretrained,
+    split_model,
+)
+from app.ml.predictor import load_model_for_inference
+from app.ml.preprocessing import ImageError, PreprocessConfig
+from training.batches import (
+    EvalImages,
+    ImageLoader,
+    KeyBatches,
+    TrainImages,
+    default_num_workers,
+)
+from training.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    run_folders,
+    save_checkpoint,
+)
+from training.config import (
+    ConfigError,
+    TrainingConfig,
+    config_from_args,
+    differences,
+    flag_names,
+    make_parser,
+)
+from training.datasets import DataError, FoodData, load_food_data
+from training.distributed import Processes, join_processes, share_gradients
+from training.features import FeatureBatch, FeatureSource, FrozenPart
+from training.image_cache import ImageCache
+from training.release import REGISTERED_NAME, RunFacts, release_model, released_files
+from training.sample_food import draw_sample
+from training.tracking import MlflowMirror, RunRecord
+
+CHECKPOINT_SECONDS = 300  # at most this much work is lost to a power cut inside an epoch
+FINISHED_NAME = "finished.json"
+SYNC_SECONDS = 120
+SLOW_DATA_SHARE = 0.10  # above this share of waiting for images, the epoch line says what helps
+
+VERDICT_WORDS = {
+    "confident": "confident",
+    "unsure": "not sure",
+    "not_food": "this does not look like a dish the model knows",
+}
+KNOWN_ERRORS = (DataError, WeightsError, CheckpointError, ArtifactError, ImageError)
+
+logger = logging.getLogger("nutrilearn")
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says where it stands and what to do."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end, and its checkpoint is written."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+# What a run consists of -----------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands: epochs done, batches done in the next one, and its sums so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, loss_sum: float, correct: float, count: float) -> None:
+        self.batch += 1
+        self.loss_sum += loss_sum
+        self.correct += int(correct)
+        self.count += int(count)
+
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        self.history.append(metrics)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
+
+
+@dataclass
+class Verdict:
+    """The one place that decides which epoch is the best and whether the run should end."""
+
+    patience: int
+    best_epoch: int = 0
+    best_acc: float = -1.0
+    best_loss: float = math.inf
+    lowest_loss: float = math.inf
+    epochs_without_lower_loss: int = 0
+
+    def judge(self, epoch: int, val_loss: float, val_acc: float) -> bool:
+        """Take in an epoch; True if it is the best: highest accuracy, at a tie lower loss."""
+        if val_loss < self.lowest_loss:
+            self.lowest_loss, self.epochs_without_lower_loss = val_loss, 0
+        else:
+            self.epochs_without_lower_loss += 1
+        is_best = (val_acc, -val_loss) > (self.best_acc, -self.best_loss)
+        if is_best:
+            self.best_epoch, self.best_acc, self.best_loss = epoch, val_acc, val_loss
+        return is_best
+
+    @property
+    def should_stop(self) -> bool:
+        return self.epochs_without_lower_loss >= self.patience
+
+
+class WeightAverage:
+    """A running average of the trained part, batch-norm statistics included.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast
+    (as in TensorFlow's ExponentialMovingAverage). With decay 0 it is the trained part itself.
+    """
+
+    def __init__(self, trained: TrainedPart, decay: float) -> None:
+        self.trained, self.decay, self.updates = trained, decay, 0
+        self.module = copy.deepcopy(trained).requires_grad_(False) if decay else trained
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        if not self.decay:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = zip(self.module.state_dict().values(), self.trained.state_dict().values())
+        floats, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()), strict=True)
+        torch._foreach_lerp_(list(floats), list(values), 1 - decay)
+
+
+@dataclass
+class Run:
+    """Everything that changes while training, which is everything a checkpoint holds."""
+
+    config: TrainingConfig
+    name: str
+    model: nn.Module
+    trained: TrainedPart
+    average: WeightAverage
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    scaler: torch.amp.GradScaler
+    verdict: Verdict
+    data_fingerprint: str
+    micro_batch_size: int
+    progress: Progress = field(default_factory=Progress)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.epoch >= self.config.epochs or self.verdict.should_stop
+
+    def state(self) -> dict[str, Any]:
+        """The whole run in tensors, numbers, strings, lists and dicts."""
+        return {
+            "name": self.name,
+            "config": self.config.exact_settings(),
+            "data_fingerprint": self.data_fingerprint,
+            "epoch": self.progress.epoch,
+            "batch": self.progress.batch,
+            "progress": dataclasses.asdict(self.progress),
+            "verdict": dataclasses.asdict(self.verdict),
+            "model": _plain(self.model.state_dict()),
+            "average": _plain(self.average.module.state_dict()) if self.average.decay else {},
+            "average_updates": self.average.updates,
+            "best_weights": self.best_weights,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.name = state["name"]
+        self.progress = Progress(**state["progress"])
+        self.verdict = Verdict(
+            **{**state["verdict"], "patience": self.config.early_stopping_patience}
+        )
+        self.model.load_state_dict(state["model"])
+        if self.average.decay:
+            self.average.module.load_state_dict(state["average"])
+        self.average.updates = state["average_updates"]
+        self.best_weights = state["best_weights"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.micro_batch_size = state["micro_batch_size"]
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU in the usual memory layout, which is how weights are stored."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.number = number
+
+
+class Keeper:
+    """Writes the checkpoints of a run: when asked, when it is time, when a signal came."""
+
+    def __init__(
+        self, run: Run, run_dir: Path, processes: Processes, checkpoint: Checkpoint | None
+    ) -> None:
+        self.run, self.run_dir, self.processes = run, run_dir, processes
+        self.stop = StopRequest()
+        self.last_good = checkpoint.path if checkpoint else None
+        self._saved_at = time.monotonic()
+
+    def save(self) -> None:
+        """Write one; a full disk is said and survived, as the checkpoint before it is whole."""
+        self._saved_at = time.monotonic()
+        if not self.processes.is_main:
+            return
+        try:
+            self.last_good = save_checkpoint(self.run_dir, self.run.state())
+        except OSError as error:
+            logger.error(
+                "no checkpoint could be written (%s); training goes on, and %s",
+                error,
+                f"the last good one is {self.last_good}" if self.last_good else "there is none yet",
+            )
+
+    def check(self, stop_number: float) -> None:
+        """After each batch: save when it is time.
+
+        Raises:
+            Interrupted: a signal came; the checkpoint is written.
+        """
+        if stop_number:
+            self.save()
+            raise Interrupted(int(stop_number))
+        if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
+            self.save()
+
+
+# The loop -------------------------------------------------------------------------------------
+
+
+def fit(
+    run: Run,
+    train: FeatureSource,
+    val: FeatureSource,
+    keeper: Keeper,
+    record: RunRecord,
+    processes: Processes,
+) -> None:
+    """Train and validate, epoch after epoch, until the verdict or the last epoch ends it."""
+    step_module = share_gradients(run.trained, processes)
+    while not run.is_done:
+        began, waited = time.perf_counter(), train.seconds_waiting
+        train_loss, train_acc = train_epoch(run, step_module, train, keeper, processes)
+        run.progress.seconds += time.perf_counter() - began
+        waiting = (train.seconds_waiting - waited) / (time.perf_counter() - began)
+        val_loss, val_acc = validate_epoch(run, val, keeper, processes)
+        metrics = {
+            "epoch": run.progress.epoch + 1,
+            "train_loss": train_loss,
+            "train_acc": train_acc,
+            "val_loss": val_loss,
+            "val_acc": val_acc,
+            "learning_rate": run.optimizer.param_groups[0]["lr"],
+            "seconds": run.progress.seconds,
+            "images_per_second": run.progress.count / run.progress.seconds,
+            "data_wait_share": waiting,
+        }
+        run.lr_scheduler.step(val_loss)
+        is_best = run.verdict.judge(metrics["epoch"], val_loss, val_acc)
+        if is_best:
+            run.best_weights = _plain(run.average.module.state_dict())
+        run.progress.finish_epoch(metrics)
+        keeper.save()
+        record.epoch(metrics)
+        log_epoch(metrics, run, is_best)
+
+
+def train_epoch(
+    run: Run,
+    step_module: nn.Module,
+    source: FeatureSource,
+    keeper: Keeper,
+    processes: Processes,
+) -> tuple[float, float]:
+    """The rest of the current epoch; returns loss and accuracy over all its images so far."""
+    progress, device = run.progress, source.frozen.device
+    run.trained.train()
+    seed = run.config.seed
+    batches = source.batches(progress.epoch, progress.batch, shuffle_seed=seed)
+    with _progress_bar(source, run, "train", processes) as bar:
+        for batch in batches:
+            loss_sum, correct = train_step(run, step_module, batch, device, processes)
+            totals = processes.sum(loss_sum, correct, len(batch.labels), keeper.stop.number)
+            loss_sum, correct, count, stop_number = totals
+            _check_finite(loss_sum, run, keeper)
+            progress.add(loss_sum, correct, count)
+            bar.update()
+            bar.set_postfix(
+                loss=f"{progress.loss_sum / max(progress.count, 1):.3f}",
+                acc=f"{progress.correct / max(progress.count, 1):.3f}",
+            )
+            keeper.check(stop_number / processes.world_size)
+    if not progress.count:
+        raise TrainingError("not one training image could be read; the log names them")
+    return progress.loss_sum / progress.count, progress.correct / progress.count
+
+
+def train_step(
+    run: Run,
+    step_module: nn.Module,
+    batch: FeatureBatch,
+    device: torch.device,
+    processes: Processes,
+) -> tuple[float, int]:
+    """One update from one batch; returns the summed loss and the correct answers of our share."""
+    total = processes.sum(len(batch.labels))[0]
+    if not total:
+        return 0.0, 0
+    labels, masks = batch.labels.to(device), _dropout_masks(run, batch).to(device)
+    loss_sum, correct = 0.0, 0
+    run.optimizer.zero_grad(set_to_none=True)
+    size = run.micro_batch_size
+    for start in range(0, max(len(labels), 1), size):
+        part = slice(start, start + size)
+        with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
+            logits = step_module(batch.features[part], masks[part])
+        loss = nn.functional.cross_entropy(logits.float(), labels[part], reduction="sum")
+        # DDP averages over the processes; the mean is meant to be over the images of all of them.
+        run.scaler.scale(loss * (processes.world_size / total)).backward()
+        loss_sum += loss.item()
+        correct += int((logits.argmax(dim=1) == labels[part]).sum())
+    run.scaler.unscale_(run.optimizer)
+    nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
+    if math.isfinite(loss_sum):
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.average.update()
+    return loss_sum, correct
+
+
+def _dropout_masks(run: Run, batch: FeatureBatch) -> Tensor:
+    """This batch's masks, drawn for the whole batch from (seed, epoch, batch): (N, features)."""
+    key = np.random.SeedSequence((run.config.seed, run.progress.epoch, run.progress.batch))
+    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+    features = run.trained.linear.in_features
+    return dropout_mask(run.config.batch_size, features, generator)[batch.rows]
+
+
+def _autocast_dtype(batch: FeatureBatch) -> torch.dtype:
+    return batch.features.dtype if _is_low(batch) else torch.bfloat16
+
+
+def _is_low(batch: FeatureBatch) -> bool:
+    return batch.features.dtype != torch.float32
+
+
+def _check_finite(loss_sum: float, run: Run, keeper: Keeper) -> None:
+    if math.isfinite(loss_sum):
+        return
+    progress = run.progress
+    raise TrainingError(
+        f"the loss is {loss_sum} at epoch {progress.epoch + 1}, batch {progress.batch + 1}, "
+        f"learning rate {run.optimizer.param_groups[0]['lr']:g}; try a lower --learning_rate or "
+        f"--precision fp32. The last good checkpoint is {keeper.last_good or 'none yet'}"
+    )
+
+
+@torch.no_grad()
+def validate_epoch(
+    run: Run, source: FeatureSource, keeper: Keeper, processes: Processes
+) -> tuple[float, float]:
+    """Loss and accuracy of the averaged weights over the validation images."""
+    module, device = run.average.module.eval(), source.frozen.device
+    loss_sum, correct, count = 0.0, 0, 0
+    with _progress_bar(source, run, "validate", processes) as bar:
+        for batch in source.batches(0):
+            labels = batch.labels.to(device)
+            with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
+                logits = module(batch.features)
+            loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            count += len(labels)
+            bar.update()
+            (stop_number,) = processes.sum(keeper.stop.number)
+            keeper.check(stop_number / processes.world_size)
+    loss_sum, correct_sum, count_sum = processes.sum(loss_sum, correct, count)
+    if not count_sum:
+        raise TrainingError("not one validation image could be read; the log names them")
+    return loss_sum / count_sum, correct_sum / count_sum
+
+
+def _progress_bar(source: FeatureSource, run: Run, verb: str, processes: Processes) -> Any:
+    return tqdm(
+        total=len(source),
+        initial=run.progress.batch if verb == "train" else 0,
+        desc=f"epoch {run.progress.epoch + 1}/{run.config.epochs} {verb}",
+        unit_scale=run.config.batch_size,
+        unit=" images",
+        leave=False,
+        disable=None if processes.is_main else True,  # None: only where a person looks on
+    )
+
+
+def log_epoch(metrics: dict[str, float], run: Run, is_best: bool) -> None:
+    """One aligned line per epoch."""
+    logger.info(
+        "epoch %*d/%d  train loss %.4f acc %.4f  val loss %.4f acc %.4f  lr %-8.3g"
+        "%6.1f images/s  data wait %2.0f %%%s",
+        len(str(run.config.epochs)),
+        metrics["epoch"],
+        run.config.epochs,
+        metrics["train_loss"],
+        metrics["train_acc"],
+        metrics["val_loss"],
+        metrics["val_acc"],
+        metrics["learning_rate"],
+        metrics["images_per_second"],
+        100 * metrics["data_wait_share"],
+        "  best" if is_best else "",
+    )
+    if metrics["epoch"] > 1 and metrics["data_wait_share"] > SLOW_DATA_SHARE:
+        logger.info(
+            "much of the time goes into waiting for images; raise --num_workers (now %s)%s",
+            run.config.num_workers,
+            "" if run.config.cache_images == "on" else " or set --cache_images on",
+        )
+    if run.verdict.should_stop:
+        patience = run.config.early_stopping_patience
+        logger.info("early stop: no lower validation loss for %d epochs", patience)
+
+
+# Setting a run up -----------------------------------------------------------------------------
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """The device asked for if it is there, otherwise the CPU with one line that says so."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if name in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    if name in ("cuda", "mps"):
+        logger.warning("--device %s: there is none here, so the CPU computes", name)
+    return torch.device("cpu")
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the arithmetic runs in; "auto" asks the hardware what it has natively."""
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        if features.get("avx512_bf16") or features.get("amx_bf16"):
+            return torch.bfloat16  # without the instructions bf16 is slower than fp32
+    return torch.float32
+
+
+def build_run(
+    config: TrainingConfig, data: FoodData, device: torch.device
+) -> tuple[Run, nn.Module]:
+    """The network with all that trains it, and its frozen layers."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model_name, len(data.class_to_idx))
+    origin = load_pretrained(model, config.model_name, config.weights)
+    num_layers = len(backbone(config.model_name).layers(model))
+    freeze = num_layers if config.freeze_layers == "all" else int(config.freeze_layers)
+    try:
+        frozen, trained = split_model(model, config.model_name, freeze)
+    except ValueError as error:
+        raise ConfigError(f"--freeze_layers {freeze}: {error}") from error
+    logger.info("%s, %s", config.model_name, origin)
+    logger.info("%s", describe_split(model, config.model_name, freeze))
+    model.to(device=device, memory_format=torch.channels_last)
+    parameters = list(trained.parameters())
+    optimizer = torch.optim.Adam(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    # A horizon of two epochs: 0.98 at 25 steps an epoch, 0.9997 at Food-101's 1,894.
+    steps_per_epoch = -(-len(data.train) // config.batch_size)
+    automatic = 1 - 1 / max(2 * steps_per_epoch, 2)
+    decay = automatic if config.ema_decay == "on" else float(config.ema_decay)
+    run = Run(
+        config=config,
+        name=f"{config.model_name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
+        model=model,
+        trained=trained,
+        average=WeightAverage(trained, decay),
+        optimizer=optimizer,
+        lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            patience=config.scheduler_patience,
+            factor=config.scheduler_factor,
+            threshold=0,  # any lower loss counts, as it does for the verdict
+        ),
+        scaler=torch.amp.GradScaler(
+            device.type, enabled=choose_dtype(config.precision, device) == torch.float16
+        ),
+        verdict=Verdict(config.early_stopping_patience),
+        data_fingerprint=fingerprint(data),
+        micro_batch_size=config.batch_size,
+    )
+    return run, frozen
+
+
+def fingerprint(data: FoodData) -> str:
+    """Changes when any image is added, removed, relabelled or moved between the splits."""
+    digest = hashlib.sha256(json.dumps(data.class_to_idx, sort_keys=True).encode())
+    for split in (data.train, data.val, data.test):
+        names = (f"{Path(p).parent.name}/{Path(p).name}" for p in split.paths)
+        digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()
+
+
+def find_checkpoint(run: Run) -> Checkpoint | None:
+    """What --resume asks for: None to start afresh.
+
+    Raises:
+        CheckpointError: the checkpoint named cannot be used.
+    """
+    config = run.config
+    if config.resume is None:
+        return None
+
+    def unusable(state: dict[str, Any]) -> str | None:
+        differing = list(differences(config.exact_settings(), state["config"]))
+        if state["data_fingerprint"] != run.data_fingerprint:
+            differing.append("the list of images is not the same")
+        return f"it belongs to another run: {'; '.join(differing)}" if differing else None
+
+    if config.resume == "auto":
+        folders = [p for p in run_folders(config.checkpoint_dir) if not _is_finished(p, config)]
+        checkpoint = newest_checkpoint(folders, unusable)
+        if checkpoint is None:
+            logger.info("nothing to resume in %s; a new run starts", config.checkpoint_dir)
+        return checkpoint
+    path = Path(config.resume).expanduser()
+    if path.is_dir():
+        checkpoint = newest_checkpoint([path], unusable)
+        if checkpoint is None:
+            raise CheckpointError(f"--resume {path}: no checkpoint in this folder can be used")
+        return checkpoint
+    checkpoint = load_checkpoint(path)
+    if reason := unusable(checkpoint.state):
+        raise CheckpointError(f"--resume {path}: {reason}")
+    return checkpoint
+
+
+def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
+    """Released, and not asked to train for longer."""
+    try:
+        finished = json.loads((run_dir / FINISHED_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    return bool(finished["stopped_early"] or finished["epochs"] >= config.epochs)
+
+
+def feature_sources(
+    config: TrainingConfig,
+    data: FoodData,
+    frozen: nn.Module,
+    run_dir: Path,
+    device: torch.device,
+    processes: Processes,
+) -> tuple[FeatureSource, FeatureSource]:
+    """What training and validation are fed from."""
+    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
+    dtype = choose_dtype(config.precision, device)
+    if (
+        config.freeze_layers == "all"
+    ):  # then only the pooled features matter, which are 49 times smaller
+        frozen = nn.Sequential(frozen, nn.AdaptiveAvgPool2d(1))
+    part = FrozenPart(inference_copy(frozen, device, dtype), preprocessing, device, dtype)
+    workers = config.num_workers
+    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
+    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
+    share = (config.batch_size, processes.rank, processes.world_size)
+    train_images = TrainImages(data.train.paths, ImageCache(cache), config.seed, preprocessing.crop)
+    train_loader = ImageLoader(
+        train_images, KeyBatches(len(data.train), *share), num_workers, device
+    )
+    val_images = EvalImages(data.val.paths, preprocessing)
+    val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
+    stores = run_dir / f"features-{processes.rank}"
+    train = FeatureSource(
+        train_loader, data.train.labels, part, config.cache_views, stores / "train.bin"
+    )
+    return train, FeatureSource(val_loader, data.val.labels, part, 1, stores / "val.bin")
+
+
+# The whole job --------------------------------------------------------------------------------
+
+
+def train(config: TrainingConfig, command: str) -> ModelRecord | None:
+    """Data, model, fit, test, release: from the flags to the released version.
+
+    Returns None on processes that only helped (rank above 0).
+    """
+    processes = join_processes(choose_device(config.device, 0).type)
+    if not processes.is_main:
+        logging.disable(logging.WARNING)
+    device = choose_device(config.device, processes.local_rank)
+    log_settings(config)
+    data = load_data(config)
+    run, frozen = build_run(config, data, device)
+    checkpoint = find_checkpoint(run)
+    if checkpoint:
+        run.restore(checkpoint.state)
+    run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    train_source, val_source = feature_sources(config, data, frozen, run_dir, device, processes)
+    keeper = Keeper(run, run_dir, processes, checkpoint)
+    with recorded(run, run_dir, checkpoint, device, processes) as ending:
+        try:
+            fit(run, train_source, val_source, keeper, ending.record, processes)
+        finally:
+            train_source.close()
+            val_source.close()
+        processes.leave()
+        if not processes.is_main:
+            return None
+        run.trained.load_state_dict(run.best_weights)
+        facts = RunFacts(
+            run_name=run.name,
+            command=command,
+            config=config,
+            history=run.progress.history,
+            best_epoch=run.verdict.best_epoch,
+            stopped_early=run.verdict.should_stop,
+            left_out={**train_source.loader.left_out, **val_source.loader.left_out},
+            num_workers=train_source.loader.num_workers,
+        )
+        released = release_model(run.model, data, facts, device)
+        mark_finished(run_dir, run, released.version)
+        ending.finish(released)
+    return released
+
+
+def load_data(config: TrainingConfig) -> FoodData:
+    """List the images, drawing the sample first if it is asked for; says what was found."""
+    data_dir = draw_sample(config.data_dir / "sample") if config.sample else config.data_dir
+    data = load_food_data(
+        data_dir,
+        custom_data_dir=config.custom_data_dir,
+        classes=config.classes,
+        images_per_class=config.images_per_class,
+        train_split=config.train_split,
+        seed=config.seed,
+    )
+    for note in data.notes:
+        logger.info("%s", note)
+    return data
+
+
+@dataclass
+class Ending:
+    """How a run ended, for its record; FAILED until something better is known."""
+
+    record: RunRecord
+    config: TrainingConfig
+    began: float = field(default_factory=time.monotonic)
+    status: str = "FAILED"
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    model: dict[str, Any] | None = None
+
+    def finish(self, released: ModelRecord) -> None:
+        numbers = {k: v for k, v in released.metrics.items() if isinstance(v, (int, float))}
+        self.status, self.metrics = "FINISHED", numbers
+        self.metrics["session_seconds"] = time.monotonic() - self.began
+        self.files = [str(path) for path in released_files(self.config.output_dir, released)]
+        names = [*released.sha256, record_name(released.version), CLASS_MAP_NAME, CONFIG_NAME]
+        self.model = {"name": REGISTERED_NAME, "version": released.version, "files": names}
+
+
+@contextlib.contextmanager
+def recorded(
+    run: Run,
+    run_dir: Path,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    processes: Processes,
+) -> Iterator[Ending]:
+    """Keep metrics.jsonl and its MLflow mirror while the run goes on, however it ends."""
+    config = run.config
+    mirrored = processes.is_main and not config.no_mlflow
+    record = RunRecord(run_dir if processes.is_main else None)
+    system = system_facts(device, choose_dtype(config.precision, device))
+    logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
+    record.start(
+        run_name=run.name,
+        experiment=config.experiment_name,
+        tracking_uri=config.tracking_uri,
+        params=config.to_dict(),
+        system=system,
+    )
+    if checkpoint:
+        at = run.progress
+        logger.info("resumed after epoch %d, batch %d: %s", at.epoch, at.batch, checkpoint.path)
+        record.resumed(epoch=at.epoch, batch=at.batch, history=at.history)
+    mirror = MlflowMirror.launch(run_dir) if mirrored else MlflowMirror()
+    ending = Ending(record, config)
+    try:
+        yield ending
+    except Interrupted:
+        ending.status = "KILLED"
+        raise
+    finally:
+        record.end(
+            status=ending.status, metrics=ending.metrics, files=ending.files, model=ending.model
+        )
+        if line := mirror.close():
+            logger.info("%s", line)
+
+
+def mark_finished(run_dir: Path, run: Run, version: int) -> None:
+    """Note that there is nothing left to resume."""
+    facts = {
+        "version": version,
+        "epochs": run.progress.epoch,
+        "stopped_early": run.verdict.should_stop,
+    }
+    write_durably(run_dir / FINISHED_NAME, json.dumps(facts).encode())
+
+
+def system_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device} ({name})",
+        "precision": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+    }
+
+
+def log_settings(config: TrainingConfig) -> None:
+    """The configuration, a line per group."""
+    groups: dict[str, list[str]] = {}
+    for setting in dataclasses.fields(config):
+        value = config.to_dict()[setting.name]
+        groups.setdefault(setting.metadata["group"], []).append(f"{setting.name}={value}")
+    for group, settings in groups.items():
+        logger.info("%-8s %s", group, " ".join(settings))
+
+
+def log_release(released: ModelRecord, config: TrainingConfig) -> None:
+    """What was reached, and where it is."""
+    metrics, folder = released.metrics, config.output_dir
+    low, high = metrics["test_top1_ci95"]
+    report = folder / report_folder_name(released.version)
+    logger.info(
+        "test top-1 %.4f (95 %% interval %.3f to %.3f)  top-5 %.4f  on %d images; best epoch %d",
+        metrics["test_top1"],
+        low,
+        high,
+        metrics["test_top5"],
+        metrics["test_images"],
+        metrics["best_epoch"],
+    )
+    logger.info("model    %s (now current)", folder / weights_name(released.version))
+    logger.info("report   %s", report / "report.html")
+
+
+# Other commands -------------------------------------------------------------------------------
+
+
+def dry_run(config: TrainingConfig, command: str) -> None:
+    """The whole job, with every file, on a handful of images in a folder that is then removed."""
+    with tempfile.TemporaryDirectory(prefix="nutrilearn-dry-run-") as folder:
+        small = dataclasses.replace(
+            config,
+            images_per_class=min(config.images_per_class or 10, 10),
+            epochs=1,
+            no_mlflow=True,
+            resume=None,
+            output_dir=Path(folder) / "ml-models",
+            checkpoint_dir=Path(folder) / "checkpoints",
+        )
+        released = train(small, command)
+    if released:
+        logger.info("dry run: data, training, test, release and reload all work; nothing is kept")
+
+
+def predict(images: list[str], config: TrainingConfig, top_k: int, version: int | None) -> None:
+    """Print what a released model sees on each picture, as a person would want to read it."""
+    model = load_model_for_inference(config.output_dir, version)
+    top_k = min(top_k, len(model.classes))
+    for image in images:
+        prediction = model.predict(image, top_k)
+        print(image)  # noqa: T201
+        for name, probability in prediction.top:
+            bar = "#" * round(probability * 30)
+            print(f"  {name.replace('_', ' '):<28}{probability:7.1%}  {bar}")  # noqa: T201
+        print(f"  {VERDICT_WORDS[prediction.verdict]}")  # noqa: T201
+
+
+def sync_command(run_dir: Path) -> int:
+    """Bring MLflow level with a run's record; 0 if it is."""
+    from training.mlflow_mirror import sync  # imports mlflow, which training itself never does
+
+    result = sync(run_dir, deadline_seconds=SYNC_SECONDS)
+    logger.info("%s", result.message)
+    return 0 if result.level else 1
+
+
+def make_cli() -> argparse.ArgumentParser:
+    """The flags of TrainingConfig, and those that use a model rather than train one."""
+    parser = make_parser(__doc__)
+    using = parser.add_argument_group("using it")
+    using.add_argument(
+        "--predict", nargs="+", metavar="IMAGE", help="say what is on these pictures"
+    )
+    using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
+    using.add_argument(
+        *flag_names("model_version"), type=int, help="the version to use (default: the newest)"
+    )
+    using.add_argument(
+        *flag_names("sync_mlflow"), metavar="RUN_DIR", help="bring MLflow level with a run's record"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 it could not be done, 2 a bad flag, 130 and 143 signals."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_cli()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    command = shlex.join(["python", "backend/train_model.py", *arguments])
+    try:
+        config = config_from_args(options)
+        if options.top_k < 1:
+            raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
+        if options.sync_mlflow:
+            return sync_command(Path(options.sync_mlflow))
+        if options.predict:
+            predict(options.predict, config, options.top_k, options.model_version)
+        elif config.dry_run:
+            dry_run(config, command)
+        elif released := train(config, command):
+            log_release(released, config)
+    except ConfigError as error:
+        parser.error(str(error))
+    except Interrupted as signal_received:
+        resume = "" if "--resume" in arguments else " --resume auto"
+        logger.info("stopped by %s; go on with: %s%s", signal_received, command, resume)
+        return signal_received.exit_code
+    except (*KNOWN_ERRORS, TrainingError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Fits how logits become an answer: temperature and the thresholds of the verdicts."""
+
+import numpy as np
+
+from app.ml.artifacts import Decision
+from training.evaluation import fit_temperature, softmax
+
+CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
+KNOWN_SHARE = 0.97  # share of real dishes that must not be called "not food"
+
+
+def fit_decision(logits: np.ndarray, labels: np.ndarray) -> Decision:
+    """From validation logits (N, C) and labels (N,)."""
+    temperature = fit_temperature(logits, labels)
+    probabilities = softmax(logits, temperature)
+    correct = probabilities.argmax(axis=1) == labels
+    return Decision(
+        temperature=temperature,
+        confident_at=_threshold(probabilities.max(axis=1), correct),
+        food_at=float(np.quantile(_energy(logits), 1 - KNOWN_SHARE)),
+    )
+
+
+def _threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
+    """The lowest confidence from which on upwards enough answers are right; 1 if none is."""
+    order = np.argsort(-confidences, kind="stable")
+    precision = np.cumsum(correct[order]) / np.arange(1, len(order) + 1)
+    enough = np.flatnonzero(precision >= CONFIDENT_PRECISION)
+    return float(confidences[order][enough[-1]]) if len(enough) else 1.0
+
+
+def _energy(logits: np.ndarray) -> np.ndarray:
+    """logsumexp over the classes: (N,)."""
+    highest = logits.max(axis=1)
+    return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))

@@ -1,0 +1,94 @@
+"""One run on several processes (torchrun): the same batches, sums and statistics as on one.
+
+Each process takes its share of every batch. Losses are divided by the size of the whole batch,
+batch-norm sees the whole batch, and every count is summed over the processes.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of how many processes this is; rank 0 alone writes and reports."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def leave(self) -> None:
+        """Wait for the others, then part."""
+        if self.world_size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def join_processes(device_type: str) -> Processes:
+    """Join the processes that torchrun started; alone where it did not."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Processes()
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def share_gradients(module: nn.Module, processes: Processes) -> nn.Module:
+    """The module to call in training: gradients are averaged, batch-norm is over the whole batch."""
+    if processes.world_size == 1:
+        return module
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.forward = functools.partial(synced_batch_norm, child)
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
+    """norm(images) with the statistics of all processes' images, on any device.
+
+    torch's own SyncBatchNorm runs on GPUs only. timm's BatchNormAct2d brings its activation.
+    """
+    activation = getattr(norm, "act", nn.Identity())
+    assert norm.running_mean is not None and norm.running_var is not None
+    if not norm.training:
+        eval_norm = nn.functional.batch_norm(
+            images, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+        )
+        return activation(eval_norm)
+    values = images.float()
+    count = values.new_tensor([values.numel() / values.shape[1]])
+    sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
+    sums = all_reduce(sums)
+    total, square, count = sums[: norm.num_features], sums[norm.num_features : -1], sums[-1]
+    mean = total / count
+    variance = square / count - mean.square()
+    with torch.no_grad():
+        assert norm.momentum is not None and norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shift = norm.bias - mean * scale
+    result = values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    return activation(result.to(images.dtype))

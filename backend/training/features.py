@@ -1,0 +1,205 @@
+"""What the trained part is fed with: batches of images after augmentation and the frozen part.
+
+The frozen part never changes, so its output for the validation images is computed once and kept
+in a file; with cached views the same goes for the training images, once per view. Stored rows are
+computed in the order of the split and in fixed batches, so the numbers do not depend on when, or
+how often, a run was cut.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.ml.preprocessing import PreprocessConfig, normalize
+from training.augmentation import color_jitter
+from training.batches import Batch, ImageLoader
+
+RESERVED_BYTES = 1 << 30  # never fill a disk beyond this
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureBatch(NamedTuple):
+    """features: (N, C, H, W), what the frozen part gave. labels: (N,). rows: (N,) places in the
+    whole batch, of which other processes may hold the rest."""
+
+    features: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+class FrozenPart:
+    """From pixels to features, without gradients, in the format the device is fastest in."""
+
+    def __init__(
+        self, module: nn.Module, config: PreprocessConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.module, self.config, self.device, self.dtype = module, config, device, dtype
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        images = batch.images.to(self.device, non_blocking=True)
+        if batch.color is None:
+            pixels = normalize(images, self.config)
+        else:
+            pixels = color_jitter(images, batch.color.to(self.device), self.config)
+        pixels = pixels.to(dtype=self.dtype, memory_format=torch.channels_last)
+        return self.module(pixels)
+
+
+class FeatureSource:
+    """Feeds one split to the trained part, pass after pass.
+
+    num_views: 0 computes the features anew in each pass, which is then a view of its own;
+    K keeps those of K views in `store_path` and shows view (epoch mod K).
+    """
+
+    def __init__(
+        self,
+        loader: ImageLoader,
+        labels: np.ndarray,
+        frozen: FrozenPart,
+        num_views: int,
+        store_path: Path,
+    ) -> None:
+        self.loader, self.frozen, self.num_views = loader, frozen, num_views
+        self.labels = torch.from_numpy(labels)
+        self.store_path = store_path
+        self.store: FeatureStore | None = None
+        self.seconds_waiting = 0.0  # for pixels, since the start
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        return len(self.loader.keys)
+
+    def batches(
+        self, epoch: int, start: int = 0, shuffle_seed: int | None = None
+    ) -> Iterator[FeatureBatch]:
+        """The batches of a pass from number `start` on; without a shuffle_seed, in split order."""
+        if self.num_views and (store := self._filled_store(epoch % self.num_views)):
+            yield from self._from_store(store, epoch, start, shuffle_seed)
+            return
+        view = epoch % self.num_views if self.num_views else epoch
+        for batch, features in self._computed(view, epoch, start, shuffle_seed):
+            yield FeatureBatch(features, self.labels[batch.indices], batch.rows)
+
+    def _computed(
+        self, view: int, epoch: int, start: int = 0, shuffle_seed: int | None = None
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        passes = self.loader.batches(epoch, view, start, shuffle_seed)
+        for batch in self._timed(passes):
+            yield batch, self.frozen(batch)
+
+    def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self.seconds_waiting += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _filled_store(self, view: int) -> "FeatureStore | None":
+        if self.store is None:
+            self.store = self._open_store()
+        if self.store and not self.store.is_filled(view):
+            rows = ((batch.indices, features) for batch, features in self._computed(view, view))
+            self.store.fill(view, rows)
+        return self.store
+
+    def _open_store(self) -> "FeatureStore | None":
+        device, config = self.frozen.device, self.frozen.config
+        probe = torch.zeros(1, 3, config.crop, config.crop, dtype=torch.uint8, device=device)
+        empty = torch.zeros(1, dtype=torch.int64)
+        features = self.frozen(Batch(probe, None, empty, empty, []))
+        try:
+            return FeatureStore(
+                self.store_path,
+                self.num_views,
+                len(self.labels),
+                features.shape[1:],
+                features.dtype,
+            )
+        except OSError as error:
+            logger.warning("features are computed anew in each epoch: %s", error)
+            self.num_views = 0
+            return None
+
+    def _from_store(
+        self, store: "FeatureStore", epoch: int, start: int, shuffle_seed: int | None
+    ) -> Iterator[FeatureBatch]:
+        for keys in self.loader.keys.batches(epoch, epoch, start, shuffle_seed):
+            indices = np.array([key.index for key in keys], dtype=np.int64)
+            rows = torch.tensor([key.row for key in keys], dtype=torch.int64)
+            features, present = store.read(epoch % self.num_views, indices)
+            there = torch.from_numpy(present)
+            features = features.to(self.frozen.device, non_blocking=True)
+            yield FeatureBatch(features, self.labels[indices[present]], rows[there])
+
+    def close(self) -> None:
+        if self.store:
+            self.store.close()
+            self.store = None
+
+
+class FeatureStore:
+    """Features of num_images images in num_views views, in a file that is mapped into memory."""
+
+    def __init__(
+        self, path: Path, num_views: int, num_images: int, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        """Reserve the file.
+
+        Raises:
+            OSError: the disk has no room for it, or it cannot be written.
+        """
+        self.path = path
+        numel = num_views * num_images * shape.numel()
+        _reserve(path, numel * dtype.itemsize)
+        values = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+        self._features = values.view(num_views, num_images, *shape)
+        self._present = np.zeros((num_views, num_images), dtype=bool)
+        self._filled = np.zeros(num_views, dtype=bool)
+
+    def is_filled(self, view: int) -> bool:
+        return bool(self._filled[view])
+
+    def fill(self, view: int, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """batches: (indices (N,), features (N, *shape)) of all images that could be read."""
+        for indices, features in batches:
+            self._features[view, indices] = features.cpu()
+            self._present[view, indices.numpy()] = True
+        self._filled[view] = True
+
+    def read(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Features (M, *shape) of those of the (N,) images that are there, and which ones: (N,)."""
+        present = self._present[view, indices]
+        return self._features[view, torch.from_numpy(indices[present])], present
+
+    def close(self) -> None:
+        """Give the disk space back."""
+        del self._features
+        self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, num_bytes: int) -> None:
+    """Make a file of this size whose blocks exist: a hole would crash the process when full."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(path.parent).free < num_bytes + RESERVED_BYTES:
+        raise OSError(f"{num_bytes / 1e9:.1f} GB of features do not fit on the disk of {path}")
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+            return
+        for _ in range(0, num_bytes, 1 << 20):
+            file.write(bytes(1 << 20))
+        file.truncate(num_bytes)

@@ -1,0 +1,61 @@
+"""Fixtures that several test files share."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.ml.artifacts import FORMAT_VERSION, Decision, ModelRecord, save_version
+from app.ml.model import backbone, build_model
+from app.ml.preprocessing import PreprocessConfig
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def release_model(
+    output_dir: Path,
+    classes: list[str],
+    model_name: str = "mobilenet_v2",
+    seed: int = 0,
+    decision: Decision | None = None,
+) -> ModelRecord:
+    """Release a network with random weights, as a run would release a trained one."""
+    torch.manual_seed(seed)
+    model = build_model(model_name, len(classes))
+    return save_version(
+        output_dir,
+        state=model.state_dict(),
+        onnx=None,
+        make_record=lambda version, sha256: ModelRecord(
+            format_version=FORMAT_VERSION,
+            version=version,
+            model_name=model_name,
+            class_to_idx={name: i for i, name in enumerate(classes)},
+            preprocessing=PreprocessConfig(**backbone(model_name).preprocessing),
+            decision=decision or Decision(temperature=1.0, confident_at=0.5, food_at=-100.0),
+            sha256=sha256,
+            metrics={"top1": 0.5},
+            training={"epochs": 1},
+            libraries={"torch": torch.__version__},
+            created=datetime.now(timezone.utc).isoformat(),
+        ),
+        write_report=lambda folder, record: None,
+        verify=lambda folder: None,
+    )
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one released model of three classes (random weights); do not change it."""
+    folder = tmp_path_factory.mktemp("ml-models")
+    release_model(folder, ["apple_pie", "samosa", "jalebi"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real photos and weights beside the repository; skips without it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("needs the real photos beside the repository, which are not part of it")
+    return SHARED
