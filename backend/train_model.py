@@ -15,22 +15,15 @@ what resuming needs to checkpoints/, and the history to metrics.jsonl there and 
 """
 
 import argparse
-import contextlib
-import copy
 import dataclasses
-import hashlib
-import json
 import logging
 import math
-import platform
 import shlex
-import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -40,62 +33,31 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from app.ml.artifacts import (
-    CLASS_MAP_NAME,
-    CONFIG_NAME,
-    ArtifactError,
-    ModelRecord,
-    record_name,
-    report_folder_name,
-    weights_name,
-    write_durably,
-)
+from app.ml.artifacts import ArtifactError, ModelRecord, report_folder_name, weights_name
 from app.ml.model import (
-    TrainedPart,
     WeightsError,
     backbone,
     build_model,
     describe_split,
     dropout_mask,
-    inference_copy,
     load_pretrained,
     split_model,
 )
 from app.ml.predictor import load_model_for_inference
-from app.ml.preprocessing import ImageError, PreprocessConfig
-from training.batches import (
-    EvalImages,
-    ImageLoader,
-    KeyBatches,
-    TrainImages,
-    default_num_workers,
-)
-from training.checkpoints import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
-    run_folders,
-    save_checkpoint,
-)
-from training.config import (
-    ConfigError,
-    TrainingConfig,
-    config_from_args,
-    differences,
-    flag_names,
-    make_parser,
-)
+from app.ml.preprocessing import ImageError
+from training.checkpoints import CheckpointError
+from training.config import ConfigError, TrainingConfig, config_from_args, flag_names, make_parser
 from training.datasets import DataError, FoodData, load_food_data
+from training.devices import choose_device, choose_dtype
 from training.distributed import Processes, join_processes, share_gradients
-from training.features import FeatureBatch, FeatureSource, FrozenPart
-from training.image_cache import ImageCache
-from training.release import REGISTERED_NAME, RunFacts, release_model, released_files
+from training.features import FeatureBatch, FeatureSource, feature_sources
+from training.recording import recorded
+from training.release import RunFacts, release_model
+from training.resuming import Interrupted, Keeper, find_checkpoint, mark_finished
+from training.run_state import Run, Verdict, WeightAverage, fingerprint, plain_copy
 from training.sample_food import draw_sample
-from training.tracking import MlflowMirror, RunRecord
+from training.tracking import RunRecord
 
-CHECKPOINT_SECONDS = 300  # at most this much work is lost to a power cut inside an epoch
-FINISHED_NAME = "finished.json"
 SYNC_SECONDS = 120
 SLOW_DATA_SHARE = 0.10  # above this share of waiting for images, the epoch line says what helps
 
@@ -111,210 +73,6 @@ logger = logging.getLogger("nutrilearn")
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says where it stands and what to do."""
-
-
-class Interrupted(Exception):
-    """A signal asked the run to end, and its checkpoint is written."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
-# What a run consists of -----------------------------------------------------------------------
-
-
-@dataclass
-class Progress:
-    """Where a run stands: epochs done, batches done in the next one, and its sums so far."""
-
-    epoch: int = 0
-    batch: int = 0
-    loss_sum: float = 0.0
-    correct: int = 0
-    count: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, loss_sum: float, correct: float, count: float) -> None:
-        self.batch += 1
-        self.loss_sum += loss_sum
-        self.correct += int(correct)
-        self.count += int(count)
-
-    def finish_epoch(self, metrics: dict[str, float]) -> None:
-        self.history.append(metrics)
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
-
-
-@dataclass
-class Verdict:
-    """The one place that decides which epoch is the best and whether the run should end."""
-
-    patience: int
-    best_epoch: int = 0
-    best_acc: float = -1.0
-    best_loss: float = math.inf
-    lowest_loss: float = math.inf
-    epochs_without_lower_loss: int = 0
-
-    def judge(self, epoch: int, val_loss: float, val_acc: float) -> bool:
-        """Take in an epoch; True if it is the best: highest accuracy, at a tie lower loss."""
-        if val_loss < self.lowest_loss:
-            self.lowest_loss, self.epochs_without_lower_loss = val_loss, 0
-        else:
-            self.epochs_without_lower_loss += 1
-        is_best = (val_acc, -val_loss) > (self.best_acc, -self.best_loss)
-        if is_best:
-            self.best_epoch, self.best_acc, self.best_loss = epoch, val_acc, val_loss
-        return is_best
-
-    @property
-    def should_stop(self) -> bool:
-        return self.epochs_without_lower_loss >= self.patience
-
-
-class WeightAverage:
-    """A running average of the trained part, batch-norm statistics included.
-
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast
-    (as in TensorFlow's ExponentialMovingAverage). With decay 0 it is the trained part itself.
-    """
-
-    def __init__(self, trained: TrainedPart, decay: float) -> None:
-        self.trained, self.decay, self.updates = trained, decay, 0
-        self.module = copy.deepcopy(trained).requires_grad_(False) if decay else trained
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        if not self.decay:
-            return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        pairs = zip(self.module.state_dict().values(), self.trained.state_dict().values())
-        floats, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()), strict=True)
-        torch._foreach_lerp_(list(floats), list(values), 1 - decay)
-
-
-@dataclass
-class Run:
-    """Everything that changes while training, which is everything a checkpoint holds."""
-
-    config: TrainingConfig
-    name: str
-    model: nn.Module
-    trained: TrainedPart
-    average: WeightAverage
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
-    scaler: torch.amp.GradScaler
-    verdict: Verdict
-    data_fingerprint: str
-    micro_batch_size: int
-    progress: Progress = field(default_factory=Progress)
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def is_done(self) -> bool:
-        return self.progress.epoch >= self.config.epochs or self.verdict.should_stop
-
-    def state(self) -> dict[str, Any]:
-        """The whole run in tensors, numbers, strings, lists and dicts."""
-        return {
-            "name": self.name,
-            "config": self.config.exact_settings(),
-            "data_fingerprint": self.data_fingerprint,
-            "epoch": self.progress.epoch,
-            "batch": self.progress.batch,
-            "progress": dataclasses.asdict(self.progress),
-            "verdict": dataclasses.asdict(self.verdict),
-            "model": _plain(self.model.state_dict()),
-            "average": _plain(self.average.module.state_dict()) if self.average.decay else {},
-            "average_updates": self.average.updates,
-            "best_weights": self.best_weights,
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "micro_batch_size": self.micro_batch_size,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        self.name = state["name"]
-        self.progress = Progress(**state["progress"])
-        self.verdict = Verdict(
-            **{**state["verdict"], "patience": self.config.early_stopping_patience}
-        )
-        self.model.load_state_dict(state["model"])
-        if self.average.decay:
-            self.average.module.load_state_dict(state["average"])
-        self.average.updates = state["average_updates"]
-        self.best_weights = state["best_weights"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.micro_batch_size = state["micro_batch_size"]
-
-
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU in the usual memory layout, which is how weights are stored."""
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
-    }
-
-
-class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _frame: object) -> None:
-        if self.number:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.number = number
-
-
-class Keeper:
-    """Writes the checkpoints of a run: when asked, when it is time, when a signal came."""
-
-    def __init__(
-        self, run: Run, run_dir: Path, processes: Processes, checkpoint: Checkpoint | None
-    ) -> None:
-        self.run, self.run_dir, self.processes = run, run_dir, processes
-        self.stop = StopRequest()
-        self.last_good = checkpoint.path if checkpoint else None
-        self._saved_at = time.monotonic()
-
-    def save(self) -> None:
-        """Write one; a full disk is said and survived, as the checkpoint before it is whole."""
-        self._saved_at = time.monotonic()
-        if not self.processes.is_main:
-            return
-        try:
-            self.last_good = save_checkpoint(self.run_dir, self.run.state())
-        except OSError as error:
-            logger.error(
-                "no checkpoint could be written (%s); training goes on, and %s",
-                error,
-                f"the last good one is {self.last_good}" if self.last_good else "there is none yet",
-            )
-
-    def check(self, stop_number: float) -> None:
-        """After each batch: save when it is time.
-
-        Raises:
-            Interrupted: a signal came; the checkpoint is written.
-        """
-        if stop_number:
-            self.save()
-            raise Interrupted(int(stop_number))
-        if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
-            self.save()
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -350,7 +108,7 @@ def fit(
         run.lr_scheduler.step(val_loss)
         is_best = run.verdict.judge(metrics["epoch"], val_loss, val_acc)
         if is_best:
-            run.best_weights = _plain(run.average.module.state_dict())
+            run.best_weights = plain_copy(run.average.module.state_dict())
         run.progress.finish_epoch(metrics)
         keeper.save()
         record.epoch(metrics)
@@ -373,9 +131,9 @@ def train_epoch(
         for batch in batches:
             loss_sum, correct = train_step(run, step_module, batch, device, processes)
             totals = processes.sum(loss_sum, correct, len(batch.labels), keeper.stop.number)
-            loss_sum, correct, count, stop_number = totals
+            loss_sum, hits, count, stop_number = totals
             _check_finite(loss_sum, run, keeper)
-            progress.add(loss_sum, correct, count)
+            progress.add(loss_sum, hits, count)
             bar.update()
             bar.set_postfix(
                 loss=f"{progress.loss_sum / max(progress.count, 1):.3f}",
@@ -514,31 +272,6 @@ def log_epoch(metrics: dict[str, float], run: Run, is_best: bool) -> None:
 # Setting a run up -----------------------------------------------------------------------------
 
 
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """The device asked for if it is there, otherwise the CPU with one line that says so."""
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
-    if name in ("auto", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    if name in ("cuda", "mps"):
-        logger.warning("--device %s: there is none here, so the CPU computes", name)
-    return torch.device("cpu")
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the arithmetic runs in; "auto" asks the hardware what it has natively."""
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if native else torch.float16
-    if device.type == "cpu":
-        features = torch.cpu.get_capabilities()
-        if features.get("avx512_bf16") or features.get("amx_bf16"):
-            return torch.bfloat16  # without the instructions bf16 is slower than fp32
-    return torch.float32
-
-
 def build_run(
     config: TrainingConfig, data: FoodData, device: torch.device
 ) -> tuple[Run, nn.Module]:
@@ -554,7 +287,7 @@ def build_run(
         raise ConfigError(f"--freeze_layers {freeze}: {error}") from error
     logger.info("%s, %s", config.model_name, origin)
     logger.info("%s", describe_split(model, config.model_name, freeze))
-    model.to(device=device, memory_format=torch.channels_last)
+    model.to(device).to(memory_format=torch.channels_last)
     parameters = list(trained.parameters())
     optimizer = torch.optim.Adam(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
@@ -584,92 +317,6 @@ def build_run(
         micro_batch_size=config.batch_size,
     )
     return run, frozen
-
-
-def fingerprint(data: FoodData) -> str:
-    """Changes when any image is added, removed, relabelled or moved between the splits."""
-    digest = hashlib.sha256(json.dumps(data.class_to_idx, sort_keys=True).encode())
-    for split in (data.train, data.val, data.test):
-        names = (f"{Path(p).parent.name}/{Path(p).name}" for p in split.paths)
-        digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
-        digest.update(split.labels.tobytes())
-    return digest.hexdigest()
-
-
-def find_checkpoint(run: Run) -> Checkpoint | None:
-    """What --resume asks for: None to start afresh.
-
-    Raises:
-        CheckpointError: the checkpoint named cannot be used.
-    """
-    config = run.config
-    if config.resume is None:
-        return None
-
-    def unusable(state: dict[str, Any]) -> str | None:
-        differing = list(differences(config.exact_settings(), state["config"]))
-        if state["data_fingerprint"] != run.data_fingerprint:
-            differing.append("the list of images is not the same")
-        return f"it belongs to another run: {'; '.join(differing)}" if differing else None
-
-    if config.resume == "auto":
-        folders = [p for p in run_folders(config.checkpoint_dir) if not _is_finished(p, config)]
-        checkpoint = newest_checkpoint(folders, unusable)
-        if checkpoint is None:
-            logger.info("nothing to resume in %s; a new run starts", config.checkpoint_dir)
-        return checkpoint
-    path = Path(config.resume).expanduser()
-    if path.is_dir():
-        checkpoint = newest_checkpoint([path], unusable)
-        if checkpoint is None:
-            raise CheckpointError(f"--resume {path}: no checkpoint in this folder can be used")
-        return checkpoint
-    checkpoint = load_checkpoint(path)
-    if reason := unusable(checkpoint.state):
-        raise CheckpointError(f"--resume {path}: {reason}")
-    return checkpoint
-
-
-def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
-    """Released, and not asked to train for longer."""
-    try:
-        finished = json.loads((run_dir / FINISHED_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    return bool(finished["stopped_early"] or finished["epochs"] >= config.epochs)
-
-
-def feature_sources(
-    config: TrainingConfig,
-    data: FoodData,
-    frozen: nn.Module,
-    run_dir: Path,
-    device: torch.device,
-    processes: Processes,
-) -> tuple[FeatureSource, FeatureSource]:
-    """What training and validation are fed from."""
-    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
-    dtype = choose_dtype(config.precision, device)
-    if (
-        config.freeze_layers == "all"
-    ):  # then only the pooled features matter, which are 49 times smaller
-        frozen = nn.Sequential(frozen, nn.AdaptiveAvgPool2d(1))
-    part = FrozenPart(inference_copy(frozen, device, dtype), preprocessing, device, dtype)
-    workers = config.num_workers
-    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
-    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    share = (config.batch_size, processes.rank, processes.world_size)
-    train_images = TrainImages(data.train.paths, ImageCache(cache), config.seed, preprocessing.crop)
-    train_loader = ImageLoader(
-        train_images, KeyBatches(len(data.train), *share), num_workers, device
-    )
-    val_images = EvalImages(data.val.paths, preprocessing)
-    val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
-    stores = run_dir / f"features-{processes.rank}"
-    train = FeatureSource(
-        train_loader, data.train.labels, part, config.cache_views, stores / "train.bin"
-    )
-    return train, FeatureSource(val_loader, data.val.labels, part, 1, stores / "val.bin")
 
 
 # The whole job --------------------------------------------------------------------------------
@@ -734,89 +381,6 @@ def load_data(config: TrainingConfig) -> FoodData:
     for note in data.notes:
         logger.info("%s", note)
     return data
-
-
-@dataclass
-class Ending:
-    """How a run ended, for its record; FAILED until something better is known."""
-
-    record: RunRecord
-    config: TrainingConfig
-    began: float = field(default_factory=time.monotonic)
-    status: str = "FAILED"
-    metrics: dict[str, float] = field(default_factory=dict)
-    files: list[str] = field(default_factory=list)
-    model: dict[str, Any] | None = None
-
-    def finish(self, released: ModelRecord) -> None:
-        numbers = {k: v for k, v in released.metrics.items() if isinstance(v, (int, float))}
-        self.status, self.metrics = "FINISHED", numbers
-        self.metrics["session_seconds"] = time.monotonic() - self.began
-        self.files = [str(path) for path in released_files(self.config.output_dir, released)]
-        names = [*released.sha256, record_name(released.version), CLASS_MAP_NAME, CONFIG_NAME]
-        self.model = {"name": REGISTERED_NAME, "version": released.version, "files": names}
-
-
-@contextlib.contextmanager
-def recorded(
-    run: Run,
-    run_dir: Path,
-    checkpoint: Checkpoint | None,
-    device: torch.device,
-    processes: Processes,
-) -> Iterator[Ending]:
-    """Keep metrics.jsonl and its MLflow mirror while the run goes on, however it ends."""
-    config = run.config
-    mirrored = processes.is_main and not config.no_mlflow
-    record = RunRecord(run_dir if processes.is_main else None)
-    system = system_facts(device, choose_dtype(config.precision, device))
-    logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
-    record.start(
-        run_name=run.name,
-        experiment=config.experiment_name,
-        tracking_uri=config.tracking_uri,
-        params=config.to_dict(),
-        system=system,
-    )
-    if checkpoint:
-        at = run.progress
-        logger.info("resumed after epoch %d, batch %d: %s", at.epoch, at.batch, checkpoint.path)
-        record.resumed(epoch=at.epoch, batch=at.batch, history=at.history)
-    mirror = MlflowMirror.launch(run_dir) if mirrored else MlflowMirror()
-    ending = Ending(record, config)
-    try:
-        yield ending
-    except Interrupted:
-        ending.status = "KILLED"
-        raise
-    finally:
-        record.end(
-            status=ending.status, metrics=ending.metrics, files=ending.files, model=ending.model
-        )
-        if line := mirror.close():
-            logger.info("%s", line)
-
-
-def mark_finished(run_dir: Path, run: Run, version: int) -> None:
-    """Note that there is nothing left to resume."""
-    facts = {
-        "version": version,
-        "epochs": run.progress.epoch,
-        "stopped_early": run.verdict.should_stop,
-    }
-    write_durably(run_dir / FINISHED_NAME, json.dumps(facts).encode())
-
-
-def system_facts(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device} ({name})",
-        "precision": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-    }
 
 
 def log_settings(config: TrainingConfig) -> None:

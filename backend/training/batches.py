@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 class Key(NamedTuple):
     """Which image, in which view (an epoch number, usually), at which row of the whole batch."""
 
-    index: int
+    image: int
     view: int
     row: int
 
@@ -70,12 +70,12 @@ class TrainImages(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         try:
-            image = self.cache.load(self.paths[key.index])
+            image = self.cache.load(self.paths[key.image])
         except (ImageError, OSError) as error:
             return Item(key, None, None, str(error))
         _, height, width = image.shape
         augmentation = draw_augmentation(
-            height, width, seed=self.seed, view=key.view, index=key.index
+            height, width, seed=self.seed, view=key.view, index=key.image
         )
         pixels = crop_and_flip(image, augmentation, self.crop)
         return Item(key, pixels, augmentation.color, None)
@@ -89,7 +89,7 @@ class EvalImages(Dataset[Item]):
 
     def __getitem__(self, key: Key) -> Item:
         try:
-            pixels = self.transform(load_image(self.paths[key.index]))
+            pixels = self.transform(load_image(self.paths[key.image]))
         except (ImageError, OSError) as error:
             return Item(key, None, None, str(error))
         return Item(key, pixels, None, None)
@@ -135,9 +135,9 @@ def collate(items: list[Item], crop: int) -> Batch:
     return Batch(
         images=torch.stack(pixels) if read else torch.empty(0, 3, crop, crop, dtype=torch.uint8),
         color=torch.tensor(colors) if colors else None,
-        indices=torch.tensor([item.key.index for item in read], dtype=torch.int64),
+        indices=torch.tensor([item.key.image for item in read], dtype=torch.int64),
         rows=torch.tensor([item.key.row for item in read], dtype=torch.int64),
-        problems=[(item.key.index, item.problem) for item in items if item.problem is not None],
+        problems=[(item.key.image, item.problem) for item in items if item.problem is not None],
     )
 
 
@@ -155,7 +155,7 @@ class ImageLoader:
         self.left_out: dict[str, str] = {}  # path -> reason, of all passes
         self._loader: DataLoader[Item] = DataLoader(
             dataset,
-            batch_sampler=keys,  # type: ignore[arg-type]  # keys are tuples, not numbers
+            batch_sampler=keys,
             num_workers=num_workers,
             collate_fn=functools.partial(collate, crop=dataset.crop),
             pin_memory=device.type == "cuda",

@@ -55,12 +55,12 @@ def join_processes(device_type: str) -> Processes:
 
 
 def share_gradients(module: nn.Module, processes: Processes) -> nn.Module:
-    """The module to call in training: gradients are averaged, batch-norm is over the whole batch."""
+    """The module to call in training: averages gradients, batch-norm sees the whole batch."""
     if processes.world_size == 1:
         return module
     for child in module.modules():
         if isinstance(child, nn.BatchNorm2d):
-            child.forward = functools.partial(synced_batch_norm, child)
+            setattr(child, "forward", functools.partial(synced_batch_norm, child))  # noqa: B010
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 

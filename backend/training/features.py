@@ -18,9 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from app.ml.model import backbone, inference_copy
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.augmentation import color_jitter
-from training.batches import Batch, ImageLoader
+from training.batches import (
+    Batch,
+    EvalImages,
+    ImageLoader,
+    KeyBatches,
+    TrainImages,
+    default_num_workers,
+)
+from training.config import TrainingConfig
+from training.datasets import FoodData
+from training.devices import choose_dtype
+from training.distributed import Processes
+from training.image_cache import ImageCache
 
 RESERVED_BYTES = 1 << 30  # never fill a disk beyond this
 
@@ -138,7 +151,7 @@ class FeatureSource:
         self, store: "FeatureStore", epoch: int, start: int, shuffle_seed: int | None
     ) -> Iterator[FeatureBatch]:
         for keys in self.loader.keys.batches(epoch, epoch, start, shuffle_seed):
-            indices = np.array([key.index for key in keys], dtype=np.int64)
+            indices = np.array([key.image for key in keys], dtype=np.int64)
             rows = torch.tensor([key.row for key in keys], dtype=torch.int64)
             features, present = store.read(epoch % self.num_views, indices)
             there = torch.from_numpy(present)
@@ -203,3 +216,36 @@ def _reserve(path: Path, num_bytes: int) -> None:
         for _ in range(0, num_bytes, 1 << 20):
             file.write(bytes(1 << 20))
         file.truncate(num_bytes)
+
+
+def feature_sources(
+    config: TrainingConfig,
+    data: FoodData,
+    frozen: nn.Module,
+    run_dir: Path,
+    device: torch.device,
+    processes: Processes,
+) -> tuple[FeatureSource, FeatureSource]:
+    """What training and validation are fed from."""
+    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
+    dtype = choose_dtype(config.precision, device)
+    if (
+        config.freeze_layers == "all"
+    ):  # then only the pooled features matter, which are 49 times smaller
+        frozen = nn.Sequential(frozen, nn.AdaptiveAvgPool2d(1))
+    part = FrozenPart(inference_copy(frozen, device, dtype), preprocessing, device, dtype)
+    workers = config.num_workers
+    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
+    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
+    share = (config.batch_size, processes.rank, processes.world_size)
+    train_images = TrainImages(data.train.paths, ImageCache(cache), config.seed, preprocessing.crop)
+    train_loader = ImageLoader(
+        train_images, KeyBatches(len(data.train), *share), num_workers, device
+    )
+    val_images = EvalImages(data.val.paths, preprocessing)
+    val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
+    stores = run_dir / f"features-{processes.rank}"
+    train = FeatureSource(
+        train_loader, data.train.labels, part, config.cache_views, stores / "train.bin"
+    )
+    return train, FeatureSource(val_loader, data.val.labels, part, 1, stores / "val.bin")

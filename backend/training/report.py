@@ -318,13 +318,16 @@ def _card_metrics(results: dict[str, Any]) -> list[str]:
         f"Measured once on {results['num_images']:,} test images, with the weights of the best "
         "epoch.",
         "",
-        "| metric | value | 95 % interval |",
+        "| metric | value | remark |",
         "|---|---|---|",
-        *(f"| {name} | {value} | {low} to {high} |" for name, value, low, high in scores),
+        *(
+            f"| {name} | {value} | 95 % interval {low} to {high} |"
+            for name, value, low, high in scores
+        ),
         f"| macro F1 | {results['macro']['f1']:.3f} | |",
         f"| test loss (mean NLL) | {results['loss']:.3f} | |",
         f"| calibration error (ECE) at temperature {calibration['temperature']:.2f} "
-        f"| {calibration['ece_after']:.3f} | a perfect model would show about "
+        f"| {calibration['ece_after']:.3f} | a perfectly calibrated model shows about "
         f"{calibration['ece_by_chance']:.3f} by chance |",
         f"| Brier score (0 to 2) | {calibration['brier_after']:.3f} | |",
     ]

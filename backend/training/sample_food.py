@@ -1,11 +1,12 @@
-"""Draw a small data set of synthetic plates in Food-101's layout, so that training runs with no download.
+"""Draw a small data set of synthetic plates in Food-101's layout: training with no download.
 
-    draw_sample(Path("data/sample"))       # ten dishes, 45 train + 15 test pictures each, in ten seconds
+    draw_sample(Path("data/sample"))    # ten dishes, 45 train + 15 test pictures each, in seconds
 
-Every stroke paints two things: a colour, and a height above the table. Light is worked out at the end from the
-heights, so grains, leaves and frosting throw shadows and shine together, whatever they lie on. Several pairs are
-meant to be confused (two salads, two rice dishes, frosting and ice cream, a burger that comes with fries), and
-plates, tables, light and camera vary more than the food does: colour alone does not give a dish away.
+Every stroke paints two things: a colour, and a height above the table. Light is worked out at the
+end from the heights, so grains, leaves and frosting throw shadows and shine together, whatever
+they lie on. Several pairs are meant to be confused (two salads, two rice dishes, frosting and ice
+cream, a burger that comes with fries), and plates, tables, light and camera vary more than the
+food does: colour alone does not give a dish away.
 """
 
 import hashlib
@@ -29,9 +30,11 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.floating[Any]]
-Points = NDArray[np.complexfloating[Any, Any]]  # a place is x + yj, in px of the canvas, y pointing down
+RGB = tuple[int, int, int]
+Color = str | RGB
+Points = NDArray[np.complexfloating[Any, Any]]  # px of the canvas: x + yj, y downwards
 
-FORMAT = 1  # raise it when the drawings change, so that folders drawn before are drawn anew
+FORMAT = 1  # raise it when the drawings change, and folders drawn before are drawn anew
 SUPERSAMPLE = 2  # strokes are this many times larger than the picture: smooth edges for free
 LONG_SIDES = (512, 448, 384, 384, 352, 320)  # px; Food-101's is 512
 ASPECTS = (1, 1, 4 / 3, 4 / 3, 3 / 2, 16 / 9)
@@ -39,15 +42,16 @@ POOL_FROM = 80  # fewer pictures than this are drawn sooner than worker processe
 
 CRUST, DOUGH, CREAM, CHEESE, RICE = "#cd9655", "#d6a05c", "#f6ecd4", "#f3d480", "#eedeba"
 LEAF, PALE_LEAF, RED, CHOCOLATE, POTATO = "#588c34", "#acc468", "#c43022", "#543222", "#eec462"
-SWEET = "#ee96b2 #543222 #f6ecd4 #fcfaf6 #a0c478 #d69e5c #96aade #fade78".split()
-BRIGHT = "#e83c50 #4696dc #fad23c #5abe5a #fafaf5 #f08228".split()
-CHINA = "#f8f7f3 #f0ece2 #fafafa #f4f6f8 #c4d0d6 #3e424a #963a3a #78989e".split()
-BUNS = "#c47e3a #d6a05c #aa622c #e0b26e #d08c46".split()
-TABLES = "#966842 #5c3e2c #d6be9e #ecEAe4 #3c3e44 #788c84 #b03c38 #46608c #e0c8a8".split()
+SWEET = ["#ee96b2", "#543222", "#f6ecd4", "#fcfaf6", "#a0c478", "#d69e5c", "#96aade", "#fade78"]
+BRIGHT = ["#e83c50", "#4696dc", "#fad23c", "#5abe5a", "#fafaf5", "#f08228"]
+CHINA = ["#f8f7f3", "#f0ece2", "#fafafa", "#f4f6f8", "#c4d0d6", "#3e424a", "#963a3a", "#78989e"]
+BUNS = ["#c47e3a", "#d6a05c", "#aa622c", "#e0b26e", "#d08c46"]
+TABLES = ["#966842", "#5c3e2c", "#d6be9e", "#eceae4", "#3c3e44", "#788c84", "#b03c38", "#46608c"]
+LETTUCE = [LEAF, PALE_LEAF, "#ced892", "#78a446"]
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, int], *grids: tuple[float, float]) -> Floats:
-    """Smooth noise of about unit variance: one random grid of (rows, columns) after another, each half as strong."""
+    """Smooth noise: random grids of (rows, columns), each half as strong as the one before."""
     total = np.zeros(shape, np.float32)
     for octave, (rows, columns) in enumerate(grids):
         grid = rng.standard_normal((max(2, round(rows)), max(2, round(columns))), np.float32)
@@ -56,7 +60,14 @@ def _noise(rng: np.random.Generator, shape: tuple[int, int], *grids: tuple[float
     return total
 
 
-_rgb = lru_cache(maxsize=4096)(ImageColor.getrgb)
+@lru_cache(maxsize=256)
+def _named(color: str) -> RGB:
+    red, green, blue = ImageColor.getrgb(color)[:3]
+    return red, green, blue
+
+
+def _rgb(color: Color) -> RGB:
+    return _named(color) if isinstance(color, str) else color
 
 
 @lru_cache
@@ -68,11 +79,11 @@ def _unit_outline(count: int, power: float) -> tuple[Floats, Points]:
     return turn.astype(np.float32), x + 1j * y
 
 
-# ----------------------------------------------------------------------------------------------- strokes
+# ------------------------------------------------------------------------------------------ strokes
 
 
 class Canvas:
-    """A picture in the making: colour and height, `SUPERSAMPLE` times larger than the picture will be."""
+    """A picture in the making: colour and height, `SUPERSAMPLE` times larger than it will be."""
 
     def __init__(self, background: Floats, rng: np.random.Generator) -> None:
         self.rng, self.uniform, self.normal = rng, rng.uniform, rng.normal
@@ -94,10 +105,15 @@ class Canvas:
     def turn(self) -> float:
         return self.uniform(0, 2 * math.pi)
 
-    def tint(self, color: str, gain: float = 1.0) -> str:
+    def tint(self, color: Color, gain: float = 1.0) -> RGB:
         """The colour as one more batch of the kitchen would have it, `gain` times as bright."""
-        shades = np.array(_rgb(color)) * gain * self.normal(1, 0.07) + self.normal(0, 5, 3)
-        return "#" + bytes(shades.clip(0, 255).astype(np.uint8)).hex()
+        gain *= self.normal(1, 0.07)
+        shifts = self.normal(0, 5, 3).tolist()
+        red, green, blue = (
+            min(max(int(value * gain + shift), 0), 255)
+            for value, shift in zip(_rgb(color), shifts, strict=True)
+        )
+        return red, green, blue
 
     def inside(self, p: complex) -> tuple[int, int]:
         width, height = self.relief.size
@@ -107,10 +123,15 @@ class Canvas:
         """Height in px of whatever lies at `p` so far."""
         return float(self.relief.getpixel(self.inside(p)))  # type: ignore[arg-type]
 
+    def seen(self, p: complex) -> RGB:
+        """Colour of whatever lies at `p` so far."""
+        red, green, blue = self.color.getpixel(self.inside(p))  # type: ignore[misc]
+        return red, green, blue
+
     def mound(
-        self, points: Points, color: str, rise: float, flat: bool = False, base: float | None = None
+        self, points: Points, color: Color, rise: float, flat: bool, base: float | None = None
     ) -> None:
-        """Fill an outline and raise it by `rise` px above `base` (or what lies there): a dome, or a flat slab."""
+        """Raise an outline by `rise` px above `base` (or what lies there): dome or slab."""
         middle = complex(points.mean())
         floor = self.ground(middle) if base is None else base
         self.ink.polygon(points.view(float).tolist(), fill=color)
@@ -121,9 +142,8 @@ class Canvas:
             self.clay.polygon(rim.view(float).tolist(), fill=floor + rise * inward * (2 - inward))
 
     def outline(
-        self, p: complex, r: float, aspect: float = 1.0, angle: float | None = None, wobble: float = 0.06,
-        power: float = 2.0,
-    ) -> Points:  # fmt: skip
+        self, p: complex, r: float, aspect: float, angle: float | None, wobble: float, power: float
+    ) -> Points:
         """An ellipse (power 2) to a rectangle (power 8), with a wavering edge."""
         turn, unit = _unit_outline(16 if r < 12 else 36, power)
         if wobble:
@@ -133,33 +153,37 @@ class Canvas:
         return p + flat * rect(r, self.turn() if angle is None else angle)
 
     def blob(
-        self, p: complex, r: float, color: str, rise: float = 0.2, aspect: float = 1.0, angle: float | None = None,
-        wobble: float = 0.06, power: float = 2.0, flat: bool = False, base: float | None = None,
+        self, p: complex, r: float, color: Color, rise: float = 0.2, aspect: float = 1.0,
+        angle: float | None = None, wobble: float = 0.06, power: float = 2.0, flat: bool = False,
+        base: float | None = None,
     ) -> None:  # fmt: skip
-        """What nearly everything is made of: a mound on an outline, whose `rise` counts in radii."""
+        """What nearly everything is made of: a mound whose `rise` counts in radii."""
         points = self.outline(p, r, aspect, angle, wobble, power)
         self.mound(points, self.tint(color), rise * r, flat, base)
 
-    def ring(self, p: complex, r: float, width: float, color: str) -> None:
+    def ring(self, p: complex, r: float, width: float, color: Color) -> None:
         box = (p.real - r, p.imag - r, p.real + r, p.imag + r)
         self.ink.ellipse(box, outline=self.tint(color), width=max(1, int(width)))
         self.clay.ellipse(box, outline=self.ground(p + r) + width, width=max(1, int(width)))
 
-    def line(self, points: Sequence[complex], color: str, width: float, rise: float = 0.5) -> None:
+    def line(
+        self, points: Sequence[complex], color: Color, width: float, rise: float = 0.5
+    ) -> None:
         path, lift = [(p.real, p.imag) for p in points], max(self.ground(p) for p in points)
         self.ink.line(path, fill=self.tint(color), width=max(1, int(width)), joint="curve")
         self.clay.line(path, fill=lift + rise * width, width=max(1, int(width)), joint="curve")
 
     def strew(
-        self, spots: Points, length: float, width: float, colors: Sequence[str], rise: float = 0.6
+        self, spots: Points, length: float, width: float, colors: Sequence[Color], rise: float = 0.6
     ) -> None:
         """Scatter short strokes: rice, sprinkles, seeds, herbs, crumbs."""
         half = np.exp(1j * self.uniform(0, np.pi, len(spots))) * length / 2
         shades, thick = [self.tint(self.pick(colors)) for _ in range(24)], max(1, round(width))
-        for i, ends in enumerate(np.stack([spots - half, spots + half], axis=1)):
-            lift = self.ground(spots[i]) + rise * width
-            self.ink.line(ends.view(float).tolist(), fill=shades[i % 24], width=thick)
-            self.clay.line(ends.view(float).tolist(), fill=lift, width=thick)
+        strokes = np.stack([spots - half, spots + half], axis=1).view(float).tolist()
+        for i, (spot, ends) in enumerate(zip(spots.tolist(), strokes, strict=True)):
+            lift = self.ground(spot) + rise * width
+            self.ink.line(ends, fill=shades[i % 24], width=thick)
+            self.clay.line(ends, fill=lift, width=thick)
 
     def spread(self, p: complex, r: float, count: int, squash: float = 1.0) -> Points:
         """`count` points over a disc, evenly but not regularly, in random order."""
@@ -169,36 +193,27 @@ class Canvas:
         return self.rng.permutation(p + reach * (np.cos(turn) + 1j * squash * np.sin(turn)))
 
 
-# ------------------------------------------------------------------------------------------- ingredients
+# -------------------------------------------------------------------------------------- ingredients
 
 Piece = Callable[[Canvas, complex, float], None]
 
 
-def _disc(color: str, inner: str, rim: float = 0.8) -> Piece:
+def _disc(color: Color, inner: Color, rim: float = 0.8) -> Piece:
     def draw(c: Canvas, p: complex, r: float) -> None:
         aspect, angle = c.uniform(0.65, 1), c.turn()
         c.blob(p, r, color, 0.15, aspect, angle, flat=True)
         c.blob(p, r * rim, inner, 0.04, aspect, angle, flat=True)
-        for spot in c.spread(p, r * 0.5, 5):
-            c.blob(spot, r * 0.08, color, 0.1, 0.6)
+        c.strew(c.spread(p, r * 0.5, 6), r * 0.14, r * 0.09, (color,))
 
     return draw
 
 
 def _chunk(
-    color: str, aspect: float = 0.8, power: float = 5.0, rise: float = 0.5, wobble: float = 0.08
+    color: Color, aspect: float = 0.8, power: float = 5.0, rise: float = 0.5, wobble: float = 0.08
 ) -> Piece:
     def draw(c: Canvas, p: complex, r: float) -> None:
-        c.blob(
-            p,
-            r,
-            color,
-            rise,
-            aspect * c.uniform(0.75, 1.1),
-            wobble=wobble,
-            power=power,
-            flat=power > 3,
-        )
+        width = aspect * c.uniform(0.75, 1.1)
+        c.blob(p, r, color, rise, width, None, wobble, power, flat=power > 3)
 
     return draw
 
@@ -209,7 +224,7 @@ def olive(c: Canvas, p: complex, r: float) -> None:
         c.blob(p, r * 0.28, "#784632", -0.4, flat=True)
 
 
-def leaf(c: Canvas, p: complex, r: float, color: str = LEAF) -> None:
+def leaf(c: Canvas, p: complex, r: float, color: Color = LEAF) -> None:
     angle = c.turn()
     c.blob(p, r * 1.4, color, 0.25, 0.5, angle, wobble=0.2)
     c.line(
@@ -218,7 +233,7 @@ def leaf(c: Canvas, p: complex, r: float, color: str = LEAF) -> None:
 
 
 def romaine(c: Canvas, p: complex, r: float) -> None:
-    leaf(c, p, r, c.pick((PALE_LEAF, "#ced892", LEAF, "#78a446")))
+    leaf(c, p, r, c.pick(LETTUCE))
 
 
 def onion(c: Canvas, p: complex, r: float) -> None:
@@ -229,12 +244,8 @@ def onion(c: Canvas, p: complex, r: float) -> None:
 def shrimp(c: Canvas, p: complex, r: float) -> None:
     start, bend = c.turn(), c.pick((-0.55, 0.55))
     for i in range(7):
-        c.blob(
-            p + rect(r * 0.7, start + bend * i),
-            r * (0.42 - 0.035 * i),
-            ("#f09668", "#faccb2")[i % 2],
-            0.35,
-        )
+        bit = p + rect(r * 0.7, start + bend * i)
+        c.blob(bit, r * (0.42 - 0.035 * i), ("#f09668", "#faccb2")[i % 2], 0.35)
 
 
 def mussel(c: Canvas, p: complex, r: float) -> None:
@@ -264,17 +275,8 @@ def egg(c: Canvas, p: complex, r: float) -> None:
 
 def fry(c: Canvas, p: complex, r: float, angle: float | None = None) -> None:
     angle, length = c.turn() if angle is None else angle, r * c.uniform(0.7, 1.15)
-    c.blob(
-        p,
-        length,
-        c.pick((POTATO, "#e2ac4a", "#f6d684")),
-        0.12,
-        c.uniform(0.09, 0.13),
-        angle,
-        0.01,
-        8,
-        flat=True,
-    )
+    gold, width = c.pick((POTATO, "#e2ac4a", "#f6d684")), c.uniform(0.09, 0.13)
+    c.blob(p, length, gold, 0.12, width, angle, 0.01, 8, flat=True)
     c.blob(p + rect(length * c.pick((-0.86, 0.86)), angle), length * 0.1, "#be7a2e", 0.05)
 
 
@@ -293,6 +295,7 @@ FETA, HAM, CARROT = _chunk("#faf8f0"), _chunk("#e8968c"), _chunk("#ec822c")
 PARMESAN, CHICKEN = _chunk("#f8ecc4", 0.35, 2.5, 0.12, 0.15), _chunk("#e2b882", 0.4, 4, 0.4)
 RED_PEPPER, GREEN_PEPPER = _chunk("#ce2c1e", 0.22, 4), _chunk("#54963c", 0.22, 4)
 PEA, SCRAMBLED = _chunk("#70a83c", 1, 2, 0.8), _chunk("#fad660", 0.7, 2, 0.4, 0.25)
+TOPPINGS = [PEPPERONI, PEPPERONI, TOMATO, mushroom, olive, leaf, GREEN_PEPPER, HAM, shrimp, onion]
 
 
 def _mix(c: Canvas, p: complex, r: float, count: int, size: float, pieces: Sequence[Piece]) -> None:
@@ -300,7 +303,7 @@ def _mix(c: Canvas, p: complex, r: float, count: int, size: float, pieces: Seque
         c.pick(pieces)(c, spot, r * size * c.uniform(0.75, 1.25))
 
 
-# ---------------------------------------------------------------------------------- what stands below it
+# ----------------------------------------------------------------------------- what stands below it
 
 
 def _vessel(c: Canvas, p: complex, r: float, kinds: str) -> None:
@@ -308,13 +311,9 @@ def _vessel(c: Canvas, p: complex, r: float, kinds: str) -> None:
     kind, color, angle = c.pick(kinds.split()), c.pick(CHINA), c.uniform(-0.5, 0.5)
     accent = c.pick((color, color, *CHINA, "#3c5a96", "#aa3c32"))
     if kind in ("plate", "square", "oval"):
-        aspect, power, wide = (
-            (0.75 if kind == "oval" else 1),
-            (6 if kind == "square" else 2),
-            r * 1.45,
-        )
+        aspect, power = {"plate": (1, 2), "square": (1, 6), "oval": (0.75, 2)}[kind]
         for size, tone, rise in ((1, accent, 0.07), (0.97, color, 0), (0.72, color, -0.05)):
-            c.blob(p, wide * size, tone, rise, aspect, angle, 0, power, flat=True)
+            c.blob(p, r * 1.45 * size, tone, rise, aspect, angle, 0, power, flat=True)
     elif kind == "bowl":
         c.blob(p, r * 1.22, accent, 0.3, wobble=0, flat=True)
         c.blob(p, r * 1.16, color, -0.2, wobble=0)
@@ -336,12 +335,12 @@ def _stand(c: Canvas, p: complex, r: float) -> None:
         color, power = (c.pick(CHINA), 2) if kind == "plate" else (c.pick(TABLES[:3]), 5)
         c.blob(p, r * 1.75, color, 0.05, squash, 0, 0, power, flat=True)
         c.blob(p, r * 1.3, color, -0.03, squash, 0, 0, flat=True)
-    below = "#{:02x}{:02x}{:02x}".format(*c.color.getpixel(c.inside(p)))  # type: ignore[misc]
+    below = c.seen(p)
     c.blob(p, r * 1.08, c.tint(below, 0.55), 0, squash * 0.8, 0, 0, flat=True)
 
 
 def _clutter(c: Canvas, p: complex, r: float) -> None:
-    """What else is on the table, near enough to be cut off by the frame: never needed to name the dish."""
+    """What else is on the table, often cut off by the frame: never needed to name the dish."""
     for kind in c.rng.integers(0, 6, c.count(0, 4)):
         turn = c.turn()
         spot = p + rect(r * c.uniform(1.5, 2.1), turn)
@@ -362,7 +361,7 @@ def _clutter(c: Canvas, p: complex, r: float) -> None:
             c.strew(c.spread(spot, r * 0.7, 25), r * 0.03, r * 0.02, (CRUST, LEAF, CREAM))
 
 
-# ------------------------------------------------------------------------------------------------ dishes
+# ------------------------------------------------------------------------------------------- dishes
 
 
 def pizza(c: Canvas, p: complex, r: float) -> None:
@@ -370,31 +369,13 @@ def pizza(c: Canvas, p: complex, r: float) -> None:
     bare, turn = (c.color.copy(), c.relief.copy()), c.turn()
     c.blob(p, r, CRUST, 0.1, wobble=0.03, flat=True)
     for angle in c.uniform(0, 6.3, 26):  # puffed and charred in places
-        c.blob(
-            p + rect(r * 0.92, angle),
-            r * 0.07,
-            c.pick((CRUST, "#a06230", "#deb06e")),
-            0.3,
-            wobble=0.2,
-        )
+        baked = c.pick((CRUST, "#a06230", "#deb06e"))
+        c.blob(p + rect(r * 0.92, angle), r * 0.07, baked, 0.3, wobble=0.2)
     c.blob(p, r * 0.86, c.pick((RED, "#ce5428", CREAM)), 0, wobble=0.03, flat=True, base=0.06 * r)
     for spot in c.spread(p, r * 0.74, c.count(25, 70)):
-        c.blob(
-            spot, r * c.uniform(0.05, 0.16), c.pick((CHEESE, CREAM, "#f0be60")), 0.15, wobble=0.25
-        )
-    toppings = (
-        PEPPERONI,
-        PEPPERONI,
-        TOMATO,
-        mushroom,
-        olive,
-        leaf,
-        GREEN_PEPPER,
-        HAM,
-        shrimp,
-        onion,
-    )
-    chosen = [c.pick(toppings) for _ in range(c.pick((1, 2, 3)))]
+        molten = c.pick((CHEESE, CREAM, "#f0be60"))
+        c.blob(spot, r * c.uniform(0.05, 0.16), molten, 0.15, wobble=0.25)
+    chosen = [c.pick(TOPPINGS) for _ in range(c.pick((1, 2, 3)))]
     _mix(c, p, r * 0.76, c.count(8, 26), c.uniform(0.11, 0.17), chosen)
     for cut in turn + np.arange(c.pick((0, 3, 4))) * math.pi / 4:
         c.line([p - rect(r, cut), p + rect(r, cut)], "#966030", r * 0.02, -2)
@@ -407,10 +388,10 @@ def pizza(c: Canvas, p: complex, r: float) -> None:
 
 
 def _donut(c: Canvas, p: complex, r: float) -> None:
-    floor, below = c.ground(p), "#{:02x}{:02x}{:02x}".format(*c.color.getpixel(c.inside(p)))  # type: ignore[misc]
+    floor, below = c.ground(p), c.seen(p)
     glaze, dough, inner = c.tint(c.pick((*SWEET, DOUGH))), c.tint(DOUGH), c.uniform(0.2, 0.36)
     angle, aspect = c.turn(), c.uniform(0.9, 1)
-    edges = c.outline(0, r, aspect, angle, 0.015), c.outline(0, r, aspect, angle, 0.04)
+    edges = c.outline(0, r, aspect, angle, 0.015, 2), c.outline(0, r, aspect, angle, 0.04, 2)
     for t in np.linspace(0, 0.95, 28):  # a ring climbs, and falls again on the way to its hole
         glazed = 0.12 < t < 0.85
         height = floor + r * 0.45 * math.sin(math.pi * (0.08 + 0.9 * t))
@@ -428,9 +409,8 @@ def _donut(c: Canvas, p: complex, r: float) -> None:
         tone = c.pick((CHOCOLATE, CREAM, SWEET[0]))
         for k in np.linspace(-0.7, 0.7, 8):
             for side in (-1, 1):
-                ends = [
-                    complex(k + 0.05, side * math.sqrt(0.85 - k * k) * t) * r for t in (0.95, 0.55)
-                ]
+                reach = side * math.sqrt(0.85 - k * k) * r
+                ends = [complex(r * k, reach * t) for t in (0.95, 0.55)]
                 c.line([p + end * rect(1, angle) for end in ends], tone, r * 0.07, 0.3)
 
 
@@ -455,42 +435,28 @@ def fries_heap(c: Canvas, p: complex, r: float) -> None:
 def fries_carton(c: Canvas, p: complex, r: float) -> None:
     _stand(c, p + 1j * r, r * 0.7)
     for x in c.rng.permutation(np.linspace(-0.55, 0.55, c.count(22, 40))):
-        fry(
-            c,
-            p + r * complex(x, c.uniform(-0.45, -0.15)),
-            r * 0.62,
-            x * 0.6 + c.normal(-1.57, 0.12),
-        )
+        spot = p + r * complex(x, c.uniform(-0.45, -0.15))
+        fry(c, spot, r * 0.62, x * 0.6 + c.normal(-1.57, 0.12))
     foot, dip = c.uniform(0.35, 0.5), c.uniform(-0.1, 0.2)
     front = np.array([-0.66 - 0.1j, 1j * dip, 0.66 - 0.1j, foot + 1j, -foot + 1j]) * r + p
-    c.mound(
-        front,
-        c.tint(c.pick((RED, "#f6f2e8", "#c4a070", "#3c3c42", "#f0c43c"))),
-        r * 0.2,
-        base=r * 0.15,
-    )
+    paper = c.tint(c.pick((RED, "#f6f2e8", "#c4a070", "#3c3c42", "#f0c43c")))
+    c.mound(front, paper, r * 0.2, flat=False, base=r * 0.15)
     for x in np.linspace(-0.8, 0.8, 5) if c.chance(0.5) else ():
         ends = complex(x * 0.66, 0.05 + dip * (1 - abs(x))), complex(x * foot, 0.97)
         c.line([p + r * end for end in ends], c.pick((RED, CREAM)), r * 0.08, 0)
 
 
-def _rice(c: Canvas, p: complex, r: float, tone: str) -> None:
+def _rice(c: Canvas, p: complex, r: float, tone: Color) -> None:
     c.blob(p, r * 0.95, c.tint(tone, 0.85), 0.25, wobble=0.05)
-    c.strew(
-        c.spread(p, r * 0.9, 600),
-        r * 0.09,
-        r * 0.036,
-        (tone, tone, c.tint(tone, 1.08), c.tint(tone, 0.9)),
-    )
+    shades = tone, c.tint(tone, 1.08), c.tint(tone, 0.92)
+    c.strew(c.spread(p, r * 0.9, 600), r * 0.09, r * 0.036, shades)
 
 
 def fried_rice(c: Canvas, p: complex, r: float) -> None:
     _vessel(c, p, r, "bowl bowl plate square oval pan")
     _rice(c, p, r, c.pick((RICE, "#deba80", "#cea060", "#f0ce78")))
-    chosen = [
-        c.pick((PEA, CARROT, HAM, CHICKEN, shrimp, RED_PEPPER, mushroom, SCRAMBLED))
-        for _ in range(4)
-    ]
+    extras = PEA, CARROT, HAM, CHICKEN, shrimp, RED_PEPPER, mushroom, SCRAMBLED
+    chosen = [c.pick(extras) for _ in range(4)]
     _mix(c, p, r * 0.8, c.count(35, 80), c.uniform(0.05, 0.09), (SCRAMBLED, *chosen))
     c.strew(c.spread(p, r * 0.8, 150), r * 0.09, r * 0.036, (RICE, "#deba80"))
     c.strew(c.spread(p, r * 0.7, 40), r * 0.06, r * 0.04, (LEAF, "#84b45a"))
@@ -503,14 +469,8 @@ def fried_rice(c: Canvas, p: complex, r: float) -> None:
 def paella(c: Canvas, p: complex, r: float) -> None:
     _vessel(c, p, r, "pan pan pan plate bowl oval")
     _rice(c, p, r, c.pick(("#eeba46", "#e2a03e", "#deba80", "#ce965a")))
-    _mix(
-        c,
-        p,
-        r * 0.8,
-        c.count(15, 40),
-        0.07,
-        [c.pick((PEA, RED_PEPPER, CHICKEN, GREEN_PEPPER)) for _ in "abc"],
-    )
+    extras = [c.pick((PEA, RED_PEPPER, CHICKEN, GREEN_PEPPER)) for _ in range(3)]
+    _mix(c, p, r * 0.8, c.count(15, 40), 0.07, extras)
     _mix(c, p, r * 0.75, c.count(5, 14), 0.15, (shrimp, c.pick((shrimp, mussel))))
     for spot in c.spread(p, r * 0.85, c.count(0, 5)):
         lemon(c, spot, r * 0.18)
@@ -526,9 +486,7 @@ def _salad(c: Canvas, p: complex, r: float, leaves: int, pieces: Sequence[Piece]
 
 def caesar_salad(c: Canvas, p: complex, r: float) -> None:
     extras = [c.pick((CHICKEN, TOMATO, CHICKEN, romaine, egg, olive)) for _ in range(2)]
-    _salad(
-        c, p, r, c.count(25, 45), (CROUTON, PARMESAN, CROUTON, PARMESAN, romaine, *extras)
-    )
+    _salad(c, p, r, c.count(25, 45), (CROUTON, PARMESAN, CROUTON, PARMESAN, romaine, *extras))
     c.strew(c.spread(p, r * 0.7, c.count(20, 150)), r * 0.05, r * 0.02, (CREAM, "#faf4e2"))
 
 
@@ -538,20 +496,12 @@ def greek_salad(c: Canvas, p: complex, r: float) -> None:
     c.strew(c.spread(p, r * 0.7, 50), r * 0.03, r * 0.015, (LEAF, "#3c5a28"))
 
 
-def _swirl(c: Canvas, p: complex, r: float, color: str) -> complex:
+def _swirl(c: Canvas, p: complex, r: float, color: Color) -> complex:
     """Pipe tiers seen from the side, widest at `p`; returns the tip."""
     for t in np.linspace(0, 1, c.count(3, 6)):
         size = r * (1 - 0.75 * t)
-        c.blob(
-            p + c.normal(0, r * 0.03),
-            size,
-            color,
-            0.5,
-            0.42,
-            c.normal(-0.1, 0.05),
-            0.03,
-            base=r * 0.2,
-        )
+        lean, place = c.normal(-0.1, 0.05), p + c.normal(0, r * 0.03)
+        c.blob(place, size, color, 0.5, 0.42, lean, 0.03, base=r * 0.2)
         p -= 0.5j * size
     return p
 
@@ -568,7 +518,7 @@ def _topping(c: Canvas, p: complex, r: float) -> None:
         c.blob(p + r * (0.4 - 0.4j), r * 0.5, DOUGH, 0.1, 0.22, -1.0, 0, 6, flat=True)
 
 
-def _scoop(c: Canvas, p: complex, r: float, color: str) -> None:
+def _scoop(c: Canvas, p: complex, r: float, color: Color) -> None:
     for spot in c.spread(p + 0.55j * r, r * 0.7, 8, 0.25):  # the ragged skirt that the spoon leaves
         c.blob(spot, r * 0.24, color, 0.4, 0.6, 0, 0.15)
     c.blob(p, r, color, 0.8, 0.92, wobble=0.03)
@@ -578,11 +528,8 @@ def _scoop(c: Canvas, p: complex, r: float, color: str) -> None:
 
 def _cup_cake(c: Canvas, p: complex, r: float) -> None:
     wrapper, frosting = c.pick(SWEET + BRIGHT), c.pick(SWEET)
-    c.mound(
-        np.array([-0.62 + 0.1j, 0.62 + 0.1j, 0.44 + 1j, -0.44 + 1j]) * r + p,
-        c.tint(wrapper),
-        r * 0.3,
-    )
+    cup = np.array([-0.62 + 0.1j, 0.62 + 0.1j, 0.44 + 1j, -0.44 + 1j]) * r + p
+    c.mound(cup, c.tint(wrapper), r * 0.3, flat=False)
     for x in np.linspace(-0.9, 0.9, 11):  # the pleats
         ends = complex(x * 0.6, 0.16), complex(x * 0.43, 0.97)
         c.line([p + r * end for end in ends], c.tint(wrapper, 0.8), r * 0.025, 0.4)
@@ -610,9 +557,7 @@ def cup_cakes_above(c: Canvas, p: complex, r: float) -> None:
         pleats = size * (1 + 0.04 * np.cos(24 * turn)) * np.exp(1j * turn)
         c.mound(spot + pleats, c.tint(c.pick(SWEET + BRIGHT)), size * 0.3, flat=True)
         frosting = c.pick(SWEET)
-        for t in np.linspace(
-            0, 1, c.count(18, 30)
-        ):  # a rope of frosting wound to the middle
+        for t in np.linspace(0, 1, c.count(18, 30)):  # a rope of frosting wound to the middle
             rope = spot + rect(size * 0.68 * (1 - t), 15 * t**0.8)
             c.blob(rope, size * 0.27, frosting, 0.25 + t, base=size * (0.3 + 0.3 * t))
         _topping(c, spot, size * 0.8)
@@ -622,19 +567,12 @@ def ice_cream_cone(c: Canvas, p: complex, r: float) -> None:
     wafer, scoops = c.tint(DOUGH), c.pick((1, 1, 2, 2, 3))
     size = r * (0.52, 0.46, 0.4)[scoops - 1]
     cone = np.array([-0.9, 0.9, 0.1 + 2.5j, -0.1 + 2.5j]) * size + p + 0.05j * r
-    c.mound(cone, wafer, size * 0.5)
-    left, right = cone[3] - cone[0], cone[2] - cone[1]
-    for k in np.linspace(0, 0.9, 7):  # the lattice
-        for start, end in (
-            (cone[0] + left * k, cone[1] + right * (k + 0.25)),
-            (cone[1] + right * k, cone[0] + left * (k + 0.25)),
-        ):
-            c.line(
-                [start, start + (end - start) * (1 if k < 0.75 else 0.5)],
-                c.tint(wafer, 0.75),
-                size * 0.05,
-                -0.5,
-            )
+    c.mound(cone, wafer, size * 0.5, flat=False)
+    for k in np.linspace(0, 0.75, 6):  # the lattice
+        for a, b in ((0, 1), (1, 0)):
+            start = cone[a] * (1 - k) + cone[3 - a] * k
+            end = cone[b] * (0.75 - k) + cone[3 - b] * (0.25 + k)
+            c.line([start, end], c.tint(wafer, 0.75), size * 0.05, -0.5)
     if c.chance(0.3):
         return _topping(c, (p + _swirl(c, p, size * 1.1, c.pick(SWEET))) / 2, size)
     for k in range(scoops):
@@ -652,9 +590,8 @@ def ice_cream_cup(c: Canvas, p: complex, r: float) -> None:
     for spot in c.spread(p - 0.1j * r, r * 0.42, c.pick((1, 2, 3)), 0.5):
         _scoop(c, spot, r * 0.45, c.pick(SWEET))
     side = np.array([0.8 + 0.08j, 0.72 + 0.36j * depth, 0.55 + 0.72j * depth, 0.3 + 1j * depth])
-    c.mound(
-        np.concatenate([side, -side[::-1].conj()]) * r + p, c.tint(color), r * 0.35, base=r * 0.2
-    )
+    bowl = np.concatenate([side, -side[::-1].conj()]) * r + p
+    c.mound(bowl, c.tint(color), r * 0.35, flat=False, base=r * 0.2)
     _topping(c, p - 0.3j * r, r * 0.5)
 
 
@@ -666,7 +603,7 @@ def ice_cream_bowl(c: Canvas, p: complex, r: float) -> None:
         _topping(c, spot, r * 0.4)
 
 
-def _bun(c: Canvas, p: complex, r: float, aspect: float, color: str) -> None:
+def _bun(c: Canvas, p: complex, r: float, aspect: float, color: Color) -> None:
     c.blob(p, r, color, 0.55, aspect, 0, 0.02, 2.3)
     if c.chance(0.75):
         seeds = c.spread(p - 0.1j * r * aspect, r * 0.75, 40, aspect * 0.8)
@@ -679,37 +616,15 @@ def _burger_layer(c: Canvas, p: complex, r: float, layer: str) -> None:
         c.strew(c.spread(p, r * 0.75, 40, 0.12), r * 0.05, r * 0.03, ("#462a1c", "#8c5a38"))
     elif layer == "lettuce":
         for x in np.linspace(-0.82, 0.82, 14):
-            c.blob(
-                p + r * complex(x, c.normal(0.02, 0.03)),
-                r * 0.14,
-                c.pick((LEAF, PALE_LEAF, "#78aa40")),
-                0.5,
-                0.7,
-                wobble=0.2,
-            )
+            spot = p + r * complex(x, c.normal(0.02, 0.03))
+            c.blob(spot, r * 0.14, c.pick(LETTUCE), 0.5, 0.7, wobble=0.2)
     elif layer == "cheese":
-        edge = [
-            -0.82 - 0.05j,
-            0.82 - 0.05j,
-            0.84 + 0.03j,
-            0.5 + 0.06j,
-            0.25 + 0.22j,
-            0.06j,
-            -0.4 + 0.2j,
-            -0.84 + 0.04j,
-        ]
-        c.mound(np.array(edge) * r + p, c.tint("#f6b232"), r * 0.12)
+        edge = np.array([-0.84, 0.84, 0.84 + 0.1j, 0.25 + 0.24j, 0.1j, -0.4 + 0.22j, -0.84 + 0.1j])
+        c.mound((edge - 0.05j) * r + p, c.tint("#f6b232"), r * 0.12, flat=False)
     else:
         for x in (-0.45, 0.4):
-            c.blob(
-                p + x * r,
-                r * 0.42,
-                "#cc3828" if layer == "tomato" else "#e2c8d8",
-                0.3,
-                0.16,
-                0,
-                power=4,
-            )
+            slice_of = {"tomato": "#cc3828", "onion": "#e2c8d8"}
+            c.blob(p + x * r, r * 0.42, slice_of[layer], 0.3, 0.16, 0, power=4)
 
 
 def burger_side(c: Canvas, p: complex, r: float) -> None:
@@ -719,7 +634,7 @@ def burger_side(c: Canvas, p: complex, r: float) -> None:
             fry(c, spot, r * 0.4)
     bun, level = c.pick((*BUNS, "#463430")), p + 0.5j * r
     c.blob(level, r * 0.8, bun, 0.3, 0.2, 0, 0.02, 4)
-    more = c.rng.permutation("lettuce cheese tomato onion patty".split())[: c.count(1, 6)]
+    more = c.rng.permutation(["lettuce", "cheese", "tomato", "onion", "patty"])[: c.count(1, 6)]
     for layer in ("patty", *more):
         level -= 0.15j * r
         _burger_layer(c, level, r, layer)
@@ -739,21 +654,16 @@ def burger_above(c: Canvas, p: complex, r: float) -> None:
 
 FROM_THE_SIDE = {burger_side, cup_cakes_side, fries_carton, ice_cream_cone, ice_cream_cup}
 DISHES: dict[str, tuple[Piece, ...]] = {
-    "caesar_salad": (caesar_salad,),
-    "cup_cakes": (cup_cakes_side, cup_cakes_above),
-    "donuts": (donuts,),
-    "french_fries": (fries_heap, fries_carton),
-    "fried_rice": (fried_rice,),
-    "greek_salad": (greek_salad,),
-    "hamburger": (burger_side, burger_above),
+    "caesar_salad": (caesar_salad,), "cup_cakes": (cup_cakes_side, cup_cakes_above),
+    "donuts": (donuts,), "french_fries": (fries_heap, fries_carton), "fried_rice": (fried_rice,),
+    "greek_salad": (greek_salad,), "hamburger": (burger_side, burger_above),
     "ice_cream": (ice_cream_cone, ice_cream_cup, ice_cream_bowl),
-    "paella": (paella,),
-    "pizza": (pizza,),
-}
+    "paella": (paella,), "pizza": (pizza,),
+}  # fmt: skip
 SAMPLE_CLASSES: tuple[str, ...] = tuple(DISHES)
 
 
-# ------------------------------------------------------------------------------- table, light and camera
+# -------------------------------------------------------------------------- table, light and camera
 
 
 def _table(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
@@ -783,7 +693,8 @@ def _table(rng: np.random.Generator, shape: tuple[int, int]) -> Floats:
     if kind == 2:  # marble
         veins = np.exp(-8 * np.abs(_noise(rng, shape, (3, 4), (7, 9), (16, 20))))
         return (
-            np.array([236, 234, 230], np.float32) - (60 * veins + 6 * _noise(rng, shape, (4, 4)))[..., None]
+            np.array([236, 234, 230], np.float32)
+            - (60 * veins + 6 * _noise(rng, shape, (4, 4)))[..., None]
         )
     if kind == 3:  # stone
         chips = _noise(rng, shape, (shape[0] / 5, shape[1] / 5), (shape[0] / 2, shape[1] / 2))
@@ -815,7 +726,7 @@ def _soften(field: Floats, factor: float, shape: tuple[int, int] | None = None) 
 
 
 def _shade(relief: Floats, slope: float, toward: complex) -> Floats:
-    """How much light each place keeps, 0…1, for a lamp in the direction `toward`, `slope` px up for each px across."""
+    """Light that each place keeps, 0…1: the lamp is `toward`, `slope` px up for each px across."""
     low = _soften(relief, 2, (relief.shape[0] // 2, relief.shape[1] // 2)) / 2
     blocked = np.zeros_like(low)
     for reach in (
@@ -884,7 +795,7 @@ def _photograph(c: Canvas, size: tuple[int, int], upright: bool) -> Image.Image:
 
 
 def draw_dish(name: str, seed: int, index: int) -> tuple[Image.Image, int]:
-    """One picture of a class and the JPEG quality to keep it at: the same for the same three arguments."""
+    """One picture of a class, and its JPEG quality: the same for the same three arguments."""
     rng = np.random.default_rng([seed, SAMPLE_CLASSES.index(name), index])
     long_side = int(rng.choice(LONG_SIDES))
     size = long_side, round(long_side / float(rng.choice(ASPECTS)))
@@ -903,11 +814,10 @@ def draw_dish(name: str, seed: int, index: int) -> tuple[Image.Image, int]:
     return _photograph(c, size, upright), int(rng.integers(35, 96))
 
 
-# -------------------------------------------------------------------------------------- files and folders
+# -------------------------------------------------------------------------------- files and folders
 
-Plan = dict[
-    str, dict[str, list[str]]
-]  # {split: {class: ids}}, an id being class/number as in Food-101
+Plan = dict[str, dict[str, list[str]]]
+# {split: {class: ids}}, an id being class/number as in Food-101
 
 
 def _plan(images_per_class: int, test_per_class: int) -> Plan:
@@ -962,11 +872,12 @@ def _about(folder: Path, seed: int, images_per_class: int, test_per_class: int) 
     for path in _files(folder, _plan(images_per_class, test_per_class)):
         digest.update(path.read_bytes())
     return (
-        "These pictures are drawn by NutriLearn's own code. They are not photographs, and a model trained on\n"
-        "them knows nothing about real food: they show that the whole training job works, with no download.\n"
-        "The folder has Food-101's layout. It is drawn anew when one of its files is missing or changed, so\n"
-        "keep your own pictures elsewhere.\n\n"
-        f"format {FORMAT}, seed {seed}, images per class {images_per_class}, of which test {test_per_class}\n"
+        "These pictures are drawn by NutriLearn's own code. They are not photographs, and a model\n"
+        "trained on them knows nothing about real food: they show that the whole training job\n"
+        "works, with no download. The folder has Food-101's layout. It is drawn anew when one of\n"
+        "its files is missing or changed, so keep your own pictures elsewhere.\n\n"
+        f"format {FORMAT}, seed {seed}, images per class {images_per_class}, "
+        f"of which test {test_per_class}\n"
         f"sha256 {digest.hexdigest()}\n"
     )
 
@@ -991,8 +902,9 @@ def draw_sample(
 ) -> Path:
     """Draw the sample set under `root` unless it is there already, and return `root/food-101`.
 
-    The folder appears whole or not at all. Raises ValueError for counts that leave a split empty, and FileExistsError
-    when `root/food-101` holds something that was not drawn here, such as Food-101 itself: that is never replaced.
+    The folder appears whole or not at all. Raises ValueError for counts that leave a split empty,
+    and FileExistsError when `root/food-101` holds something that was not drawn here, such as
+    Food-101 itself: that is never replaced.
     """
     if not 1 <= test_per_class < images_per_class:
         raise ValueError(

@@ -221,5 +221,9 @@ def database_file(uri: str) -> Path | None:
 
 
 def behind(run_dir: Path, reason: str) -> str:
+    """The line that says why MLflow lacks something, and what brings it level."""
     command = f'python backend/train_model.py --sync_mlflow "{run_dir}"'
-    return f"MLflow is behind: {reason}. {RECORD_NAME} is the record; to catch up run `{command}`"
+    return (
+        f"MLflow is behind: {reason.rstrip('.')}. "
+        f"{RECORD_NAME} is the record; to catch up run `{command}`"
+    )

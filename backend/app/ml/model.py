@@ -179,7 +179,7 @@ def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
 def inference_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """A copy to run only: eval, no gradients, batch-norm folded, channels_last, in `dtype`."""
     module = fold_batch_norm(copy.deepcopy(module).eval()).requires_grad_(False)
-    return module.to(device=device, dtype=dtype, memory_format=torch.channels_last)
+    return module.to(device, dtype).to(memory_format=torch.channels_last)
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:

@@ -1,0 +1,109 @@
+"""What the API answers; `api.py` fills these and OpenAPI shows them."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.nutrition import FoodFacts
+
+Confidence = Field(ge=0, le=1, description="calibrated probability")
+
+
+class Nutrition(BaseModel):
+    """An estimate for a typical recipe: energy in kcal, everything else in g."""
+
+    calories: float
+    protein: float
+    carbs: float
+    fat: float
+    fiber: float
+
+
+class Food(BaseModel):
+    """A dish; `null` means that there is no sourced value."""
+
+    food_name: str = Field(description="name to show", examples=["Apple Pie"])
+    class_name: str = Field(description="name in the model", examples=["apple_pie"])
+    category: str | None = Field(examples=["dessert"])
+    cuisine: str | None = Field(examples=["American"])
+    nutrition: Nutrition | None = Field(description="per serving")
+    serving_g: float | None = Field(description="weight of a usual serving", examples=[150])
+    nutrition_per_100g: Nutrition | None
+    nutrition_source: str | None = Field(
+        description="table, food and id the values come from",
+        examples=["USDA FNDDS 2021-2023: Pie, apple (53301000)"],
+    )
+    nutrition_match: Literal["exact", "close", "proxy"] | None = Field(
+        description="how well the source's food fits this dish"
+    )
+
+    @staticmethod
+    def values(facts: FoodFacts, *, with_nutrition: bool = True) -> dict[str, Any]:
+        """The fields of a class, its nutrition left out where the photo does not support one."""
+        nutrition = facts.nutrition if with_nutrition else None
+        return {
+            "food_name": facts.food_name,
+            "class_name": facts.class_name,
+            "category": facts.category,
+            "cuisine": facts.cuisine,
+            "nutrition": nutrition and nutrition.per_serving,
+            "serving_g": nutrition and nutrition.serving_g,
+            "nutrition_per_100g": nutrition and nutrition.per_100g,
+            "nutrition_source": nutrition and nutrition.source,
+            "nutrition_match": nutrition and nutrition.match,
+        }
+
+
+class TopPrediction(BaseModel):
+    """One of the most probable classes."""
+
+    class_name: str = Field(examples=["apple_pie"])
+    food_name: str = Field(examples=["Apple Pie"])
+    confidence: float = Confidence
+
+
+class FoodPrediction(Food):
+    """What is on the photo."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    confidence: float = Confidence
+    verdict: Literal["confident", "unsure", "not_food"] = Field(
+        description="how far to trust the answer; with not_food there is no nutrition"
+    )
+    top_predictions: list[TopPrediction] = Field(description="by falling confidence")
+    model_version: int = Field(examples=[3])
+    timestamp: datetime = Field(description="UTC")
+
+
+class ModelInfo(BaseModel):
+    """The model that serves."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    version: int
+    model_name: str = Field(examples=["mobilenet_v2"])
+    created: str
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    metrics: dict[str, Any] = Field(description="as evaluated on the test split")
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+    status: Literal["ready"] = "ready"
+    model_version: int
+
+
+class ErrorBody(BaseModel):
+    """Every error of this server looks like this."""
+
+    code: str = Field(description="stable name for programs", examples=["unsupported_image"])
+    detail: str = Field(description="one sentence for people")
+    request_id: str = Field(description="as in the X-Request-ID header and the log")

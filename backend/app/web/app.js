@@ -1,0 +1,239 @@
+// The try-it page: sends a photo to /api/v1/predict and shows the answer. No outside requests.
+
+const $ = (id) => document.getElementById(id);
+const NUTRIENTS = { calories: "Energy", protein: "Protein", carbs: "Carbohydrates", fat: "Fat", fiber: "Fibre" };
+const VERDICTS = {
+  confident: "Looks clear",
+  unsure: "Not sure: please check",
+  not_food: "Does not look like a dish I know",
+};
+const MATCHES = { close: " (a close match)", proxy: " (a similar food stands in)" };
+const WORTH_RETRYING = ["overloaded", "no_model", "upload_too_slow", "internal_error"];
+const STORE = "nutrilearn-corrections";
+
+let photo = null; // the file last chosen
+let answer = null; // what the server said about it
+let food = null; // the dish on show: the answer's, or the one the person chose instead
+let request = null; // AbortController of the request under way
+
+// Choosing a photo ------------------------------------------------------------------------
+
+for (const id of ["camera", "file"]) {
+  $(id).addEventListener("change", (event) => {
+    choose(event.target.files[0]);
+    event.target.value = ""; // so that the same file can be chosen again
+  });
+}
+document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
+for (const type of ["dragenter", "dragover"]) {
+  document.addEventListener(type, (event) => { event.preventDefault(); $("drop").classList.add("over"); });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) $("drop").classList.remove("over");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("drop").classList.remove("over");
+  choose(event.dataTransfer.files[0]);
+});
+$("retry").addEventListener("click", () => choose(photo));
+
+function choose(file) {
+  if (!file) return;
+  photo = file;
+  URL.revokeObjectURL($("preview").src);
+  $("preview").src = URL.createObjectURL(file);
+  $("preview").hidden = false;
+  $("invitation").hidden = true;
+  ask(file);
+}
+// Some pictures the server reads cannot be shown here, and the other way round.
+$("preview").addEventListener("error", () => { $("preview").hidden = true; $("invitation").hidden = false; });
+
+// Asking ----------------------------------------------------------------------------------
+
+async function ask(file) {
+  request?.abort();
+  request = new AbortController();
+  show("status", "Looking at your photo…");
+  const form = new FormData();
+  form.append("file", file);
+  try {
+    const response = await fetch("api/v1/predict", { method: "POST", body: form, signal: request.signal });
+    const body = await response.json();
+    if (response.ok) return showAnswer(body);
+    showError(explain(body), WORTH_RETRYING.includes(body.code));
+  } catch (error) {
+    if (error.name !== "AbortError") {
+      showError("The server could not be reached, or it broke off. A very large photo can be the reason too.", true);
+    }
+  }
+}
+
+function explain({ code, detail }) {
+  const words = {
+    unsupported_image: "This file is not a picture I can read. JPEG, PNG, WebP, GIF and AVIF work; an iPhone’s HEIC has to be saved as JPEG first.",
+    unreadable_image: "This picture is damaged or not complete. Please try another one.",
+    too_large: "This picture is too large. Please choose a smaller one.",
+    overloaded: "Many photos are waiting just now. Please try again in a moment.",
+    no_model: "This server has no trained model yet, so it cannot answer.",
+    upload_too_slow: "The upload took too long. Please try again where the connection is better.",
+  };
+  return words[code] ?? `That did not work: ${detail}`;
+}
+
+function show(id, text) {
+  for (const part of ["status", "error", "result"]) $(part).hidden = part !== id;
+  if (text) $(id).textContent = text;
+}
+
+function showError(text, retry = false) {
+  $("error").querySelector("p").textContent = text;
+  $("retry").hidden = !retry;
+  show("error");
+}
+
+// Showing the answer ----------------------------------------------------------------------
+
+function showAnswer(body) {
+  answer = body;
+  $("guesses").replaceChildren(...body.top_predictions.map(guessRow));
+  $("guesses-title").textContent = body.verdict === "not_food" ? "If it is a dish after all" : "What the model saw";
+  $("other").value = "";
+  showFood(body);
+  show("result");
+  $("result").focus({ preventScroll: true });
+  if (matchMedia("(max-width: 48rem)").matches) $("answer").scrollIntoView({ behavior: "smooth" });
+}
+
+function guessRow({ class_name, food_name, confidence }) {
+  const percent = `${Math.round(confidence * 100)} %`;
+  const row = element("li", element("button", element("span"), element("span", food_name), element("span", percent)));
+  const button = row.firstChild;
+  const [bar, ...texts] = button.children;
+  bar.className = "bar";
+  bar.style.width = `${confidence * 100}%`;
+  for (const text of texts) text.className = "text";
+  button.type = "button";
+  button.dataset.className = class_name;
+  button.addEventListener("click", () => correct(class_name));
+  return row;
+}
+
+function element(name, ...children) {
+  const node = document.createElement(name);
+  node.append(...children);
+  return node;
+}
+
+function showFood(shown) {
+  food = shown;
+  const chosen = food !== answer;
+  const unknown = answer.verdict === "not_food" && !chosen;
+  $("verdict").textContent = chosen ? "Your choice" : VERDICTS[answer.verdict];
+  $("verdict").classList.toggle("sure", chosen || answer.verdict === "confident");
+  $("food").textContent = unknown ? "No dish found" : food.food_name;
+  $("kind").textContent = unknown
+    ? "Try a photo that shows the dish closer and from above."
+    : [food.cuisine, food.category?.replace("_", " ")].filter(Boolean).join(" · ");
+  for (const button of $("guesses").querySelectorAll("button")) {
+    button.setAttribute("aria-pressed", !unknown && button.dataset.className === food.class_name);
+  }
+  showNutrition(unknown);
+}
+
+function showNutrition(unknown) {
+  const known = food.nutrition_per_100g !== null;
+  $("nutrition").hidden = !known;
+  $("no-nutrition").hidden = known || unknown;
+  $("no-nutrition").textContent = `There is no sourced nutrition for ${food.food_name}, so none is shown.`;
+  if (!known) return;
+  $("portion").max = Math.max(300, food.serving_g * 3);
+  $("portion").value = food.serving_g;
+  $("source").textContent = food.nutrition_source + (MATCHES[food.nutrition_match] ?? "");
+  showPortion(food.serving_g);
+}
+
+$("portion").addEventListener("input", () => showPortion(Number($("portion").value)));
+
+function showPortion(grams) {
+  const servings = grams / food.serving_g;
+  const usual = Math.abs(servings - 1) < 0.02;
+  $("grams").textContent = `${grams} g`;
+  $("portion-words").textContent = usual ? "a usual serving" : `${servings.toFixed(1)} servings`;
+  $("calories").textContent = Math.round(food.nutrition_per_100g.calories * (grams / 100));
+  $("nutrients").replaceChildren(...Object.entries(NUTRIENTS).map(([key, name]) => {
+    const amount = food.nutrition_per_100g[key];
+    const words = (value) => key === "calories" ? `${Math.round(value)} kcal` : `${value.toFixed(1)} g`;
+    const row = element("tr", element("th", name), element("td", words(amount * (grams / 100))), element("td", words(amount)));
+    row.firstChild.scope = "row";
+    return row;
+  }));
+}
+
+// Correcting it ---------------------------------------------------------------------------
+
+$("other").addEventListener("change", () => $("other").value && correct($("other").value));
+
+async function correct(className) {
+  if (className === answer.class_name && answer.verdict !== "not_food") {
+    showFood(answer);
+  } else {
+    try {
+      const response = await fetch(`api/v1/foods/${encodeURIComponent(className)}`);
+      const body = await response.json();
+      if (!response.ok) return showError(explain(body));
+      showFood(body);
+    } catch {
+      return showError("The server could not be reached.");
+    }
+  }
+  if ($("consent").checked) remember(className);
+}
+
+const corrections = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
+
+function remember(className) {
+  const { class_name: predicted, confidence, verdict, model_version, timestamp } = answer;
+  const entry = { predicted, corrected: className, confidence, verdict, model_version, timestamp };
+  const others = corrections().filter((kept) => kept.timestamp !== timestamp); // the last word counts
+  localStorage.setItem(STORE, JSON.stringify([...others, entry]));
+  showKept();
+}
+
+$("consent").addEventListener("change", () => $("consent").checked && food !== answer && remember(food.class_name));
+$("forget").addEventListener("click", () => { localStorage.removeItem(STORE); showKept(); });
+
+function showKept() {
+  const kept = corrections();
+  $("kept").hidden = kept.length === 0;
+  $("kept").querySelector("span").textContent = `${kept.length} kept in this browser.`;
+  URL.revokeObjectURL($("download").href);
+  $("download").href = URL.createObjectURL(new Blob([JSON.stringify(kept, null, 2)], { type: "application/json" }));
+}
+
+// At start --------------------------------------------------------------------------------
+
+async function describeModel() {
+  try {
+    const response = await fetch("api/v1/model");
+    const body = await response.json();
+    if (!response.ok) return showBanner();
+    $("model").textContent = `Model version ${body.version}, ${body.classes.length} dishes.`;
+    for (const name of [...body.classes].sort()) {
+      const words = name.replaceAll("_", " ");
+      $("other").append(new Option(words[0].toUpperCase() + words.slice(1), name));
+    }
+  } catch {
+    showError("The server could not be reached.");
+  }
+}
+
+function showBanner() {
+  const code = element("code", "python backend/train_model.py --sample");
+  $("banner").replaceChildren("This server has no trained model yet. Train one with ", code, ", then start the server again.");
+  $("banner").hidden = false;
+}
+
+describeModel();
+showKept();

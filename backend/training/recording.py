@@ -1,0 +1,85 @@
+"""Keeps the record of a run, and its MLflow mirror, for as long as the run goes on."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.ml.artifacts import ModelRecord
+from training.checkpoints import Checkpoint
+from training.config import TrainingConfig
+from training.devices import choose_dtype, system_facts
+from training.distributed import Processes
+from training.release import released_files
+from training.resuming import Interrupted
+from training.run_state import Run
+from training.tracking import MlflowMirror, RunRecord
+
+REGISTERED_NAME = "nutrilearn-food"  # the model's name in MLflow's registry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Ending:
+    """How a run ended, for its record; FAILED until something better is known."""
+
+    record: RunRecord
+    config: TrainingConfig
+    began: float = field(default_factory=time.monotonic)
+    status: str = "FAILED"
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[str] = field(default_factory=list)
+    model: dict[str, Any] | None = None
+
+    def finish(self, released: ModelRecord) -> None:
+        numbers = {k: v for k, v in released.metrics.items() if isinstance(v, (int, float))}
+        self.status, self.metrics = "FINISHED", numbers
+        self.metrics["session_seconds"] = time.monotonic() - self.began
+        self.files = [str(path) for path in released_files(self.config.output_dir, released)]
+        self.model = {"name": REGISTERED_NAME, "version": released.version, "files": self.files}
+
+
+@contextlib.contextmanager
+def recorded(
+    run: Run,
+    run_dir: Path,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    processes: Processes,
+) -> Iterator[Ending]:
+    """Keep metrics.jsonl and its MLflow mirror while the run goes on, however it ends."""
+    config = run.config
+    mirrored = processes.is_main and not config.no_mlflow
+    record = RunRecord(run_dir if processes.is_main else None)
+    system = system_facts(device, choose_dtype(config.precision, device))
+    logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
+    record.start(
+        run_name=run.name,
+        experiment=config.experiment_name,
+        tracking_uri=config.tracking_uri,
+        params=config.to_dict(),
+        system=system,
+    )
+    if checkpoint:
+        at = run.progress
+        logger.info("resumed after epoch %d, batch %d: %s", at.epoch, at.batch, checkpoint.path)
+        record.resumed(epoch=at.epoch, batch=at.batch, history=at.history)
+    mirror = MlflowMirror.launch(run_dir) if mirrored else MlflowMirror()
+    ending = Ending(record, config)
+    try:
+        yield ending
+    except Interrupted:
+        ending.status = "KILLED"
+        raise
+    finally:
+        record.end(
+            status=ending.status, metrics=ending.metrics, files=ending.files, model=ending.model
+        )
+        if line := mirror.close():
+            logger.info("%s", line)

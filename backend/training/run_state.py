@@ -1,0 +1,168 @@
+"""Everything that changes while a run trains, which is everything its checkpoints hold."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.ml.model import TrainedPart
+from training.config import TrainingConfig
+from training.datasets import FoodData
+
+
+@dataclass
+class Progress:
+    """Where a run stands: epochs done, batches done in the next one, and its sums so far."""
+
+    epoch: int = 0
+    batch: int = 0
+    loss_sum: float = 0.0
+    correct: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, loss_sum: float, correct: float, count: float) -> None:
+        self.batch += 1
+        self.loss_sum += loss_sum
+        self.correct += int(correct)
+        self.count += int(count)
+
+    def finish_epoch(self, metrics: dict[str, float]) -> None:
+        self.history.append(metrics)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
+
+
+@dataclass
+class Verdict:
+    """The one place that decides which epoch is the best and whether the run should end."""
+
+    patience: int
+    best_epoch: int = 0
+    best_acc: float = -1.0
+    best_loss: float = math.inf
+    lowest_loss: float = math.inf
+    epochs_without_lower_loss: int = 0
+
+    def judge(self, epoch: int, val_loss: float, val_acc: float) -> bool:
+        """Take in an epoch; True if it is the best: highest accuracy, at a tie lower loss."""
+        if val_loss < self.lowest_loss:
+            self.lowest_loss, self.epochs_without_lower_loss = val_loss, 0
+        else:
+            self.epochs_without_lower_loss += 1
+        is_best = (val_acc, -val_loss) > (self.best_acc, -self.best_loss)
+        if is_best:
+            self.best_epoch, self.best_acc, self.best_loss = epoch, val_acc, val_loss
+        return is_best
+
+    @property
+    def should_stop(self) -> bool:
+        return self.epochs_without_lower_loss >= self.patience
+
+
+class WeightAverage:
+    """A running average of the trained part, batch-norm statistics included.
+
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast
+    (as in TensorFlow's ExponentialMovingAverage). With decay 0 it is the trained part itself.
+    """
+
+    def __init__(self, trained: TrainedPart, decay: float) -> None:
+        self.trained, self.decay, self.updates = trained, decay, 0
+        self.module = copy.deepcopy(trained).requires_grad_(False) if decay else trained
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        if not self.decay:
+            return
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        trained = self.trained.state_dict().values()
+        pairs = zip(self.module.state_dict().values(), trained, strict=True)
+        floats, values = zip(*((a, v) for a, v in pairs if a.is_floating_point()), strict=True)
+        torch._foreach_lerp_(list(floats), list(values), 1 - decay)
+
+
+@dataclass
+class Run:
+    """Everything that changes while training, which is everything a checkpoint holds."""
+
+    config: TrainingConfig
+    name: str
+    model: nn.Module
+    trained: TrainedPart
+    average: WeightAverage
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    scaler: torch.amp.GradScaler
+    verdict: Verdict
+    data_fingerprint: str
+    micro_batch_size: int
+    progress: Progress = field(default_factory=Progress)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_done(self) -> bool:
+        return self.progress.epoch >= self.config.epochs or self.verdict.should_stop
+
+    def state(self) -> dict[str, Any]:
+        """The whole run in tensors, numbers, strings, lists and dicts."""
+        return {
+            "name": self.name,
+            "config": self.config.exact_settings(),
+            "data_fingerprint": self.data_fingerprint,
+            "epoch": self.progress.epoch,
+            "batch": self.progress.batch,
+            "progress": dataclasses.asdict(self.progress),
+            "verdict": dataclasses.asdict(self.verdict),
+            "model": plain_copy(self.model.state_dict()),
+            "average": plain_copy(self.average.module.state_dict()) if self.average.decay else {},
+            "average_updates": self.average.updates,
+            "best_weights": self.best_weights,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.name = state["name"]
+        self.progress = Progress(**state["progress"])
+        self.verdict = Verdict(
+            **{**state["verdict"], "patience": self.config.early_stopping_patience}
+        )
+        self.model.load_state_dict(state["model"])
+        if self.average.decay:
+            self.average.module.load_state_dict(state["average"])
+        self.average.updates = state["average_updates"]
+        self.best_weights = state["best_weights"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.micro_batch_size = state["micro_batch_size"]
+
+
+def plain_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU in the usual memory layout, which is how weights are stored."""
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+
+
+def fingerprint(data: FoodData) -> str:
+    """Changes when any image is added, removed, relabelled or moved between the splits."""
+    digest = hashlib.sha256(json.dumps(data.class_to_idx, sort_keys=True).encode())
+    for split in (data.train, data.val, data.test):
+        names = (f"{Path(p).parent.name}/{Path(p).name}" for p in split.paths)
+        digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
+        digest.update(split.labels.tobytes())
+    return digest.hexdigest()
