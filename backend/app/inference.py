@@ -46,9 +46,13 @@ class InferenceService:
         self._load_lock = asyncio.Lock()
         # A semaphore, not a counter: the pool's threads give the places back.
         self._places = threading.BoundedSemaphore(settings.workers + settings.queue_size)
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> ThreadPoolExecutor:
         # Grad mode and thread count belong to a thread in PyTorch; the predictor sees to the first.
-        self._pool = ThreadPoolExecutor(
-            settings.workers, "inference", torch.set_num_threads, (settings.threads,)
+        threads = (self.settings.threads,)
+        return ThreadPoolExecutor(
+            self.settings.workers, "inference", torch.set_num_threads, threads
         )
 
     # Photos -----------------------------------------------------------------------------------
@@ -149,8 +153,9 @@ class InferenceService:
         return status.st_mtime_ns, status.st_ino
 
     def close(self) -> None:
-        """Finish what is being computed, drop what waits."""
+        """Finish what is being computed, drop what waits; the service can be used again."""
         self._pool.shutdown(cancel_futures=True)
+        self._pool = self._new_pool()  # has no threads until it is asked
 
 
 def _warm_up(predictor: FoodPredictor) -> None:

@@ -453,8 +453,8 @@ def _rice(c: Canvas, p: complex, r: float, tone: Color) -> None:
 
 
 def fried_rice(c: Canvas, p: complex, r: float) -> None:
-    _vessel(c, p, r, "bowl bowl plate square oval pan")
-    _rice(c, p, r, c.pick((RICE, "#deba80", "#cea060", "#f0ce78")))
+    _vessel(c, p, r, "pan pan bowl plate square oval")
+    _rice(c, p, r, c.pick((RICE, "#deba80", "#cea060", "#f0ce78", "#e2a03e")))
     extras = PEA, CARROT, HAM, CHICKEN, shrimp, RED_PEPPER, mushroom, SCRAMBLED
     chosen = [c.pick(extras) for _ in range(4)]
     _mix(c, p, r * 0.8, c.count(35, 80), c.uniform(0.05, 0.09), (SCRAMBLED, *chosen))
@@ -467,11 +467,11 @@ def fried_rice(c: Canvas, p: complex, r: float) -> None:
 
 
 def paella(c: Canvas, p: complex, r: float) -> None:
-    _vessel(c, p, r, "pan pan pan plate bowl oval")
+    _vessel(c, p, r, "pan pan plate square bowl oval")
     _rice(c, p, r, c.pick(("#eeba46", "#e2a03e", "#deba80", "#ce965a")))
     extras = [c.pick((PEA, RED_PEPPER, CHICKEN, GREEN_PEPPER)) for _ in range(3)]
     _mix(c, p, r * 0.8, c.count(15, 40), 0.07, extras)
-    _mix(c, p, r * 0.75, c.count(5, 14), 0.15, (shrimp, c.pick((shrimp, mussel))))
+    _mix(c, p, r * 0.75, c.count(3, 11), 0.14, (shrimp, c.pick((shrimp, mussel, CHICKEN))))
     for spot in c.spread(p, r * 0.85, c.count(0, 5)):
         lemon(c, spot, r * 0.18)
     c.strew(c.spread(p, r * 0.8, 30), r * 0.05, r * 0.03, (LEAF,))
@@ -485,13 +485,13 @@ def _salad(c: Canvas, p: complex, r: float, leaves: int, pieces: Sequence[Piece]
 
 
 def caesar_salad(c: Canvas, p: complex, r: float) -> None:
-    extras = [c.pick((CHICKEN, TOMATO, CHICKEN, romaine, egg, olive)) for _ in range(2)]
+    extras = [c.pick((CHICKEN, TOMATO, CUCUMBER, romaine, onion, olive)) for _ in range(3)]
     _salad(c, p, r, c.count(25, 45), (CROUTON, PARMESAN, CROUTON, PARMESAN, romaine, *extras))
     c.strew(c.spread(p, r * 0.7, c.count(20, 150)), r * 0.05, r * 0.02, (CREAM, "#faf4e2"))
 
 
 def greek_salad(c: Canvas, p: complex, r: float) -> None:
-    extras = [c.pick((onion, GREEN_PEPPER, TOMATO, CUCUMBER, romaine, CROUTON)) for _ in range(3)]
+    extras = [c.pick((onion, GREEN_PEPPER, CHICKEN, romaine, romaine, CROUTON)) for _ in range(3)]
     _salad(c, p, r, c.count(6, 35), (FETA, CUCUMBER, TOMATO, olive, *extras))
     c.strew(c.spread(p, r * 0.7, 50), r * 0.03, r * 0.015, (LEAF, "#3c5a28"))
 
@@ -782,7 +782,7 @@ def _photograph(c: Canvas, size: tuple[int, int], upright: bool) -> Image.Image:
     y, x = (np.linspace(-1, 1, side, dtype=np.float32) for side in size[::-1])
     corner_light = rng.uniform(0, 0.2) * (x**2 + y[:, None] ** 2) + rng.uniform(-0.15, 0.15) * x
     exposure, white = (
-        rng.uniform(0.85, 1.2),
+        rng.uniform(0.75, 1.25),
         np.exp(rng.normal(0, [0.09, 0.02, 0.13])).astype(np.float32),
     )
     contrast = rng.uniform(0.85, 1.15)
@@ -790,7 +790,7 @@ def _photograph(c: Canvas, size: tuple[int, int], upright: bool) -> Image.Image:
     scene += 120 * (1 - contrast) + rng.uniform(0, 18)
     scene += rng.standard_normal((size[1], size[0], 1), np.float32) * rng.uniform(0, 9)
     photo = Image.fromarray(scene.clip(0, 255).astype(np.uint8))
-    blur = float(rng.choice([0, 0, 0.5, 0.9, 1.5, 2.4]))
+    blur = float(rng.choice([0, 0, 0.6, 1, 1.8, 3]))
     return photo.filter(ImageFilter.BoxBlur(blur)) if blur else photo
 
 
@@ -806,8 +806,8 @@ def draw_dish(name: str, seed: int, index: int) -> tuple[Image.Image, int]:
     shape = round(size[1] * tilt), size[0]
     c = Canvas(_room(rng, shape) if upright else _table(rng, shape), rng)
     wide, tall = c.color.size
-    r = min(wide, tall) * rng.uniform(0.26, 0.46) * (0.85 if upright else 1)
-    p = complex(wide * rng.uniform(0.38, 0.62), tall * rng.uniform(0.4, 0.6))
+    r = min(wide, tall) * rng.uniform(0.2, 0.48) * (0.85 if upright else 1)
+    p = complex(wide * rng.uniform(0.33, 0.67), tall * rng.uniform(0.36, 0.64))
     if not upright or rng.random() < 0.3:
         _clutter(c, p, r * 1.1)
     draw(c, p, r)
