@@ -15,6 +15,7 @@ what resuming needs to checkpoints/, and the history to metrics.jsonl there and 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import math
@@ -48,8 +49,9 @@ from app.ml.preprocessing import ImageError
 from training.checkpoints import CheckpointError
 from training.config import ConfigError, TrainingConfig, config_from_args, flag_names, make_parser
 from training.datasets import DataError, FoodData, load_food_data
+from training.depthwise import float32_gradients
 from training.devices import choose_device, choose_dtype
-from training.distributed import Processes, join_processes, share_gradients
+from training.distributed import Processes, join_processes, shared_gradients
 from training.features import FeatureBatch, FeatureSource, feature_sources
 from training.recording import recorded
 from training.release import RunFacts, release_model
@@ -87,32 +89,40 @@ def fit(
     processes: Processes,
 ) -> None:
     """Train and validate, epoch after epoch, until the verdict or the last epoch ends it."""
-    step_module = share_gradients(run.trained, processes)
-    while not run.is_done:
-        began, waited = time.perf_counter(), train.seconds_waiting
-        train_loss, train_acc = train_epoch(run, step_module, train, keeper, processes)
-        run.progress.seconds += time.perf_counter() - began
-        waiting = (train.seconds_waiting - waited) / (time.perf_counter() - began)
-        val_loss, val_acc = validate_epoch(run, val, keeper, processes)
-        metrics = {
-            "epoch": run.progress.epoch + 1,
-            "train_loss": train_loss,
-            "train_acc": train_acc,
-            "val_loss": val_loss,
-            "val_acc": val_acc,
-            "learning_rate": run.optimizer.param_groups[0]["lr"],
-            "seconds": run.progress.seconds,
-            "images_per_second": run.progress.count / run.progress.seconds,
-            "data_wait_share": waiting,
-        }
-        run.lr_scheduler.step(val_loss)
-        is_best = run.verdict.judge(metrics["epoch"], val_loss, val_acc)
-        if is_best:
-            run.best_weights = plain_copy(run.average.module.state_dict())
-        run.progress.finish_epoch(metrics)
-        keeper.save()
-        record.epoch(metrics)
-        log_epoch(metrics, run, is_best)
+    with contextlib.ExitStack() as stack:
+        frozen = train.frozen
+        stack.enter_context(float32_gradients(run.trained, frozen.device, frozen.dtype))
+        step_module = stack.enter_context(shared_gradients(run.trained, processes))
+        while not run.is_done:
+            began, waited = time.perf_counter(), train.seconds_waiting
+            train_loss, train_acc = train_epoch(run, step_module, train, keeper, processes)
+            waiting = (train.seconds_waiting - waited) / (time.perf_counter() - began)
+            val_loss, val_acc = validate_epoch(run, val, keeper, processes)
+            metrics = {
+                "epoch": run.progress.epoch + 1,
+                "train_loss": train_loss,
+                "train_acc": train_acc,
+                "val_loss": val_loss,
+                "val_acc": val_acc,
+                "learning_rate": run.optimizer.param_groups[0]["lr"],
+                "seconds": run.progress.seconds,
+                "images_per_second": run.progress.count / run.progress.seconds,
+                "data_wait_share": waiting,
+            }
+            is_best = finish_epoch(run, metrics)
+            keeper.save()
+            record.epoch(metrics)
+            log_epoch(metrics, run, is_best)
+
+
+def finish_epoch(run: Run, metrics: dict[str, float]) -> bool:
+    """Lower the rate if it is time, judge the epoch, keep the best weights; True if it is best."""
+    run.lr_scheduler.step(metrics["val_loss"])
+    is_best = run.verdict.judge(int(metrics["epoch"]), metrics["val_loss"], metrics["val_acc"])
+    if is_best:
+        run.best_weights = plain_copy(run.average.module.state_dict())
+    run.progress.finish_epoch(metrics)
+    return is_best
 
 
 def train_epoch(
@@ -127,13 +137,16 @@ def train_epoch(
     run.trained.train()
     seed = run.config.seed
     batches = source.batches(progress.epoch, progress.batch, shuffle_seed=seed)
+    began = time.perf_counter()
     with _progress_bar(source, run, "train", processes) as bar:
         for batch in batches:
             loss_sum, correct = train_step(run, step_module, batch, device, processes)
             totals = processes.sum(loss_sum, correct, len(batch.labels), keeper.stop.number)
             loss_sum, hits, count, stop_number = totals
             _check_finite(loss_sum, run, keeper)
-            progress.add(loss_sum, hits, count)
+            now = time.perf_counter()
+            progress.add(loss_sum, hits, count, now - began)
+            began = now
             bar.update()
             bar.set_postfix(
                 loss=f"{progress.loss_sum / max(progress.count, 1):.3f}",

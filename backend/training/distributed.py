@@ -4,8 +4,10 @@ Each process takes its share of every batch. Losses are divided by the size of t
 batch-norm sees the whole batch, and every count is summed over the processes.
 """
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -54,14 +56,21 @@ def join_processes(device_type: str) -> Processes:
     return Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def share_gradients(module: nn.Module, processes: Processes) -> nn.Module:
-    """The module to call in training: averages gradients, batch-norm sees the whole batch."""
+@contextlib.contextmanager
+def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Module]:
+    """Gives the module to call in training: gradients are averaged over the processes, and
+    batch-norm sees the whole batch."""
     if processes.world_size == 1:
-        return module
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(child, "forward", functools.partial(synced_batch_norm, child))  # noqa: B010
-    return DistributedDataParallel(module, broadcast_buffers=False)
+        yield module
+        return
+    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
+    for norm in norms:
+        setattr(norm, "forward", functools.partial(synced_batch_norm, norm))  # noqa: B010
+    try:
+        yield DistributedDataParallel(module, broadcast_buffers=False)
+    finally:
+        for norm in norms:
+            del norm.forward  # the class's own shows again
 
 
 def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:

@@ -29,8 +29,9 @@ class Progress:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, loss_sum: float, correct: float, count: float) -> None:
+    def add(self, loss_sum: float, correct: float, count: float, seconds: float) -> None:
         self.batch += 1
+        self.seconds += seconds
         self.loss_sum += loss_sum
         self.correct += int(correct)
         self.count += int(count)
