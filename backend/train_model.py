@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,12 @@ def train_step(
         part = slice(start, start + size)
         with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
             logits = step_module(batch.features[part], masks[part])
-        loss = nn.functional.cross_entropy(logits.float(), labels[part], reduction="sum")
+        loss = nn.functional.cross_entropy(
+            logits.float(),
+            labels[part],
+            reduction="sum",
+            label_smoothing=run.config.label_smoothing,
+        )
         # DDP averages over the processes; the mean is meant to be over the images of all of them.
         run.scaler.scale(loss * (processes.world_size / total)).backward()
         loss_sum += loss.item()
@@ -185,10 +190,23 @@ def train_step(
     run.scaler.unscale_(run.optimizer)
     nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
     if math.isfinite(loss_sum):
-        run.scaler.step(run.optimizer)
+        with warmed_up_rate(run):
+            run.scaler.step(run.optimizer)
         run.scaler.update()
         run.average.update()
     return loss_sum, correct
+
+
+@contextlib.contextmanager
+def warmed_up_rate(run: Run) -> Iterator[None]:
+    """Inside, the rates are what they have grown to; they reach their values with the warm-up."""
+    grown = min(1.0, (run.average.updates + 1) / max(run.warmup_steps, 1))
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * grown
+    yield
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _dropout_masks(run: Run, batch: FeatureBatch) -> Tensor:
@@ -301,10 +319,12 @@ def build_run(
     logger.info("%s, %s", config.model_name, origin)
     logger.info("%s", describe_split(model, config.model_name, freeze))
     model.to(device).to(memory_format=torch.channels_last)
-    parameters = list(trained.parameters())
-    optimizer = torch.optim.Adam(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-    )
+    rate = config.learning_rate
+    groups = [{"params": list(trained.linear.parameters()), "lr": rate}]
+    if len(trained.layers):
+        share = 1.0 if config.weights == "none" else config.backbone_rate
+        groups.append({"params": list(trained.layers.parameters()), "lr": rate * share})
+    optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=True)
     # A horizon of two epochs: 0.98 at 25 steps an epoch, 0.9997 at Food-101's 1,894.
     steps_per_epoch = -(-len(data.train) // config.batch_size)
     automatic = 1 - 1 / max(2 * steps_per_epoch, 2)
@@ -326,6 +346,7 @@ def build_run(
             device.type, enabled=choose_dtype(config.precision, device) == torch.float16
         ),
         verdict=Verdict(config.early_stopping_patience),
+        warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         data_fingerprint=fingerprint(data),
         micro_batch_size=config.batch_size,
     )

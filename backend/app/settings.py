@@ -32,7 +32,7 @@ class Settings(BaseSettings):
         default_factory=available_cores, ge=1, le=256, description="photos computed at once"
     )
     queue_size: int = Field(
-        default=32, ge=0, description="photos that may wait; more are answered 429"
+        default=64, ge=0, description="photos that may wait; more are answered 429"
     )
     max_upload_bytes: int = Field(default=20 * 2**20, ge=1, description="largest request body")
     upload_timeout_seconds: float = Field(

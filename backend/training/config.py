@@ -63,8 +63,24 @@ def _class_list(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise ValueError("empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody has no home
+        raise ValueError(str(error)) from error
+
+
+PLAIN_RECIPE = {
+    "backbone_rate": 1.0,
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.0,
+}
+
 TEXT = Kind(str, lambda v: isinstance(v, str) and bool(v.strip()), "a word that is not empty")
-PATH = Kind(lambda text: Path(text).expanduser(), lambda v: isinstance(v, Path), "a path")
+PATH = Kind(_path, lambda v: isinstance(v, Path), "a path that is not empty")
 CLASSES = Kind(
     _class_list,
     lambda v: isinstance(v, tuple) and len(v) >= 2,
@@ -146,11 +162,38 @@ class TrainingConfig:
         exact=True,
     )
     # training
+    recipe: str = setting(
+        "training",
+        "default",
+        _choice("default", "plain"),
+        "plain: one rate for all layers, no warm-up, no averaging, unless flags say otherwise",
+    )
     epochs: int = setting("training", 20, _whole(1), "passes over the training images")
     batch_size: int = setting("training", 32, _whole(1), "images per step", exact=True)
     learning_rate: float = setting("training", 1e-3, _number(0), "Adam's rate", exact=True)
     weight_decay: float = setting(
         "training", 1e-4, _number(0, low_too=True), "Adam's L2 penalty", exact=True
+    )
+    backbone_rate: float = setting(
+        "training",
+        0.2,
+        _number(0),
+        "the pretrained layers' rate, as a share of the head's",
+        exact=True,
+    )
+    warmup_epochs: float = setting(
+        "training",
+        1.0,
+        _number(0, low_too=True),
+        "epochs over which the rate grows from nothing",
+        exact=True,
+    )
+    label_smoothing: float = setting(
+        "training",
+        0.0,
+        _number(0, 1, low_too=True),
+        "share of the target that is spread over all classes",
+        exact=True,
     )
     scheduler_patience: int = setting(
         "training",
@@ -243,7 +286,8 @@ class OneLineParser(argparse.ArgumentParser):
     """A bad argument ends with exit code 2 and one line."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message}", file=sys.stderr)  # noqa: T201
+        line = " ".join(message.splitlines())
+        print(f"{self.prog}: error: {line}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
 
 
@@ -289,7 +333,7 @@ def config_from_args(arguments: argparse.Namespace) -> TrainingConfig:
     Raises:
         ConfigError: for the first value that is not allowed.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(PLAIN_RECIPE) if arguments.recipe == "plain" else {}
     for field in dataclasses.fields(TrainingConfig):
         text = getattr(arguments, field.name)
         if field.metadata["kind"] is SWITCH:
@@ -302,9 +346,12 @@ def config_from_args(arguments: argparse.Namespace) -> TrainingConfig:
 def _parse(field: dataclasses.Field[Any], text: str) -> Any:
     kind: Kind = field.metadata["kind"]
     try:
-        return kind.parse(text)
+        value = kind.parse(text)
+        if not kind.valid(value):  # said here too, so that the message has the text as it was typed
+            raise ValueError("not allowed")
     except ValueError as error:
         raise ConfigError(f"--{field.name} {text}: must be {kind.allowed}") from error
+    return value
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Sequence[str]:

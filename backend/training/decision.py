@@ -24,9 +24,11 @@ def fit_decision(logits: np.ndarray, labels: np.ndarray) -> Decision:
 def _threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
     """The lowest confidence from which on upwards enough answers are right; 1 if none is."""
     order = np.argsort(-confidences, kind="stable")
+    confidences = confidences[order]
     precision = np.cumsum(correct[order]) / np.arange(1, len(order) + 1)
-    enough = np.flatnonzero(precision >= CONFIDENT_PRECISION)
-    return float(confidences[order][enough[-1]]) if len(enough) else 1.0
+    ends_tie = np.append(confidences[1:] < confidences[:-1], True)  # equals pass or fail together
+    enough = np.flatnonzero((precision >= CONFIDENT_PRECISION) & ends_tie)
+    return float(confidences[enough[-1]]) if len(enough) else 1.0
 
 
 def _energy(logits: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ time. What is read from the cache and what is made for it are the same bytes, so
 was cached never shows in its pixels.
 """
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -77,7 +78,8 @@ class ImageCache:
                 error,
             )
             self.folder = None
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where the folder cannot be made, there is no file
+                temporary.unlink(missing_ok=True)
 
 
 def _read_entry(entry: Path) -> bytes | None:
@@ -87,7 +89,7 @@ def _read_entry(entry: Path) -> bytes | None:
     except OSError:
         return None
     data, crc = content[:-CRC_BYTES], content[-CRC_BYTES:]
-    return data if zlib.crc32(data).to_bytes(CRC_BYTES, "big") == crc else None
+    return data if data and zlib.crc32(data).to_bytes(CRC_BYTES, "big") == crc else None
 
 
 def _make_entry(path: str) -> bytes:

@@ -105,6 +105,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
     verdict: Verdict
+    warmup_steps: int
     data_fingerprint: str
     micro_batch_size: int
     progress: Progress = field(default_factory=Progress)

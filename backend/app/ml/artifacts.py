@@ -167,6 +167,11 @@ def _read_current(model_dir: Path, tries: int = 20) -> ModelRecord:
     """The current record; waits out the moment in which a release has replaced one file of two."""
     for _ in range(tries):
         record = _parse_record(model_dir / CONFIG_NAME)
+        if record != _parse_record(own := model_dir / record_name(record.version)):
+            raise DamagedArtifactError(
+                f"{model_dir / CONFIG_NAME} differs from {own.name}, which it repeats; copy the "
+                "one that is right over the other"
+            )
         if _read_class_map(model_dir / CLASS_MAP_NAME) == record.class_to_idx:
             return record
         time.sleep(0.05)
@@ -318,9 +323,20 @@ def _publish(staging: Path, output_dir: Path, version: int) -> None:
         if (staging / name).exists():
             os.replace(staging / name, output_dir / name)
     sync_folder(output_dir)
-    for name in (record_name(version), CLASS_MAP_NAME, CONFIG_NAME):
-        os.replace(staging / name, output_dir / name)
-        sync_folder(output_dir)
+    current = [output_dir / name for name in (CLASS_MAP_NAME, CONFIG_NAME)]
+    before = {path: path.read_bytes() if path.exists() else None for path in current}
+    try:
+        for name in (record_name(version), CLASS_MAP_NAME, CONFIG_NAME):
+            os.replace(staging / name, output_dir / name)
+            sync_folder(output_dir)
+    except BaseException:
+        (output_dir / record_name(version)).unlink(missing_ok=True)
+        for path, data in before.items():
+            if data is None:
+                path.unlink(missing_ok=True)
+            elif path.read_bytes() != data:
+                write_durably(path, data)
+        raise
 
 
 def remove_leftovers(output_dir: Path) -> None:
