@@ -1,0 +1,331 @@
+"""Checkpoints: what is restored is what was saved, and no damage is ever loaded or deleted."""
+
+import copy
+import errno
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.test_run_state import make_run, same, train_steps
+
+from app.ml import artifacts
+from training import checkpoints
+from training.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    newest_checkpoint,
+    run_folders,
+    save_checkpoint,
+)
+from training.resuming import find_checkpoint, mark_finished
+from training.run_state import Progress, Run, Verdict
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_disk() -> Iterator[None]:
+    """Thousands of files are written here; waiting for the disk each time would take minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def state(epoch: int = 1, batch: int = 0, **more: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "batch": batch, "weights": torch.full((4,), float(epoch)), **more}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def anything(_: dict[str, Any]) -> None:
+    return None
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    steps=st.integers(0, 3),
+    seed=st.integers(0, 10**6),
+    decay=st.sampled_from([0.0, 0.5, "on"]),
+    losses=st.lists(st.floats(0, 9), max_size=9),
+    progress=st.builds(
+        Progress,
+        epoch=st.integers(0, 99),
+        batch=st.integers(0, 999),
+        loss_sum=st.floats(0, 1e6),
+        correct=st.integers(0, 10**6),
+        count=st.integers(0, 10**6),
+        seconds=st.floats(0, 1e6),
+        history=st.lists(st.dictionaries(st.text(max_size=3), st.floats(0, 1)), max_size=3),
+    ),
+)
+def test_property_4_a_checkpoint_restores_the_run_exactly(
+    steps: int, seed: int, decay: float | str, losses: list[float], progress: Progress
+) -> None:
+    """And the restored run goes on as the first one does."""
+    run = make_run(ema_decay=decay, seed=seed, scheduler_patience=0)
+    train_steps(run, steps, seed)
+    for epoch, loss in enumerate(losses, start=1):
+        run.lr_scheduler.step(loss)
+        if run.verdict.judge(epoch, loss, (loss * 7) % 1):
+            run.best_weights = copy.deepcopy(run.average.module.state_dict())
+    run.progress, run.micro_batch_size = progress, 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(Path(folder), run.state())
+        resumed = make_run(ema_decay=decay, seed=seed + 1, scheduler_patience=0)
+        train_steps(resumed, 1, seed + 1)
+        assert not same(resumed.state()["model"], run.state()["model"])
+        resumed.restore(load_checkpoint(path).state)
+    expected = run.state()
+    expected["config"] = resumed.state()["config"]  # the seed differs, so that nothing is equal
+    assert same(resumed.state(), expected)
+    train_steps(run, 2, seed)
+    train_steps(resumed, 2, seed)
+    assert same(resumed.state()["model"], run.state()["model"])
+    assert same(resumed.state()["average"], run.state()["average"])
+    assert same(resumed.state()["optimizer"], run.state()["optimizer"])
+
+
+def test_the_best_weights_of_an_earlier_epoch_are_brought_back(tmp_path: Path) -> None:
+    run = make_run()
+    run.verdict = Verdict(5, best_epoch=1)
+    run.best_weights = {k: v.clone() for k, v in run.average.module.state_dict().items()}
+    train_steps(run, 3)
+    resumed = make_run(seed=1)
+    resumed.restore(load_checkpoint(save_checkpoint(tmp_path, run.state())).state)
+    assert same(resumed.best_weights, run.best_weights)
+    assert not same(resumed.best_weights, dict(resumed.average.module.state_dict()))
+
+
+def test_a_checkpoint_holds_nothing_but_plain_values(tmp_path: Path) -> None:
+    """So that loading one can never run code."""
+    run = make_run()
+    train_steps(run, 1)
+    path = save_checkpoint(tmp_path, run.state())
+    assert torch.load(path, weights_only=True)["name"] == run.name
+    manifest = json.loads(path.with_suffix(".json").read_text())
+    assert manifest["bytes"] == path.stat().st_size
+
+
+def test_two_at_most_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
+    for epoch in range(1, 6):
+        path = save_checkpoint(tmp_path, state(epoch))
+        kept = {f"checkpoint-{n:06d}.{kind}" for n in (epoch - 1, epoch) for kind in ("pt", "json")}
+        assert set(files(tmp_path)) == {name for name in kept if "000000" not in name}
+    found = newest_checkpoint([tmp_path], anything)
+    assert found is not None and found.path == path and found.state["epoch"] == 5
+
+
+def harm(path: Path, how: str) -> None:
+    content, manifest = path.read_bytes(), path.with_suffix(".json")
+    if how == "truncated":
+        path.write_bytes(content[:-1])
+    elif how == "byte flipped":
+        path.write_bytes(content[:300] + bytes([content[300] ^ 1]) + content[301:])
+    elif how == "zero bytes":
+        path.write_bytes(b"")
+    elif how == "file missing":
+        path.unlink()
+    elif how == "manifest missing":
+        manifest.unlink()
+    elif how == "manifest empty":
+        manifest.write_bytes(b"")
+    elif how == "manifest no object":
+        manifest.write_text("[]")
+    elif how == "manifest binary":
+        manifest.write_bytes(b"\xff\x00")
+
+
+HARMS = [
+    "truncated",
+    "byte flipped",
+    "zero bytes",
+    "manifest missing",
+    "manifest empty",
+    "manifest no object",
+    "manifest binary",
+]
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_a_damaged_one_is_named_and_the_one_before_is_used(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, last = (save_checkpoint(tmp_path, state(epoch)) for epoch in (1, 2))
+    harm(last, how)
+    before = files(tmp_path)
+    found = newest_checkpoint([tmp_path], anything)
+    assert found is not None and found.path == first and found.state["epoch"] == 1
+    assert files(tmp_path) == before  # nothing is deleted
+    (message,) = caplog.messages
+    assert message.startswith("passed over") and last.stem in message
+    with pytest.raises(CheckpointError, match=last.stem):
+        load_checkpoint(last)
+
+
+def test_a_missing_one_is_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state())
+    harm(path, "file missing")
+    with pytest.raises(CheckpointError, match=r"checkpoint-000001.pt is missing"):
+        load_checkpoint(path)
+    assert newest_checkpoint([tmp_path, tmp_path / "none"], anything) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(place=st.integers(0, 10**6), bits=st.integers(1, 255))
+def test_no_changed_byte_is_ever_loaded(place: int, bits: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = save_checkpoint(Path(folder), state())
+        content = bytearray(path.read_bytes())
+        content[place % len(content)] ^= bits
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_checkpoint(path)
+
+
+def test_one_that_may_not_be_read_is_named_and_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, last = (save_checkpoint(tmp_path, state(epoch)) for epoch in (1, 2))
+    read_bytes = Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path == last:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    found = newest_checkpoint([tmp_path], anything)
+    assert found is not None and found.path == first
+    assert "cannot be read" in caplog.text and last.name in caplog.text
+
+
+def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
+    path = save_checkpoint(tmp_path, state())
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
+    with pytest.raises(CheckpointError, match="format version 2, not 1"):
+        load_checkpoint(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(at=st.integers(1, 6), kept=st.integers(0, 3), name=st.sampled_from(["fsync", "replace"]))
+def test_a_save_that_fails_leaves_the_old_ones(at: int, kept: int, name: str) -> None:
+    calls = 0
+    real = getattr(os, name)
+
+    def full(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        folder = Path(temporary)
+        for epoch in range(1, kept + 1):
+            save_checkpoint(folder, state(epoch))
+        before = files(folder)
+        patch.setattr(artifacts.os, name, full)
+        try:
+            save_checkpoint(folder, state(9))
+        except OSError:
+            pass
+        else:
+            assert calls < at
+            before = {}
+        patch.undo()
+        found = newest_checkpoint([folder], anything)
+        if before:
+            assert before.items() <= files(folder).items()
+            assert found is not None and found.state["epoch"] in (kept, 9)
+        elif found:
+            assert found.state["epoch"] == 9
+
+
+# Which one is resumed -------------------------------------------------------------------------
+
+
+def saved(checkpoint_dir: Path, age: int, **changes: Any) -> Path:
+    """A run with one checkpoint, written `age` seconds ago."""
+    run = make_run(**changes)
+    train_steps(run, 1)
+    path = save_checkpoint(checkpoint_dir / run.name, run.state())
+    written = path.stat().st_mtime_ns - age * 10**9
+    os.utime(path, ns=(written, written))
+    return path
+
+
+def resuming(checkpoint_dir: Path, resume: str = "auto", **changes: Any) -> Run:
+    return make_run(checkpoint_dir=checkpoint_dir, resume=resume, **changes)
+
+
+def test_auto_takes_the_newest_of_the_same_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, age=30)
+    right = saved(tmp_path, age=20)
+    other = saved(tmp_path, age=10, learning_rate=0.5)
+    found = find_checkpoint(resuming(tmp_path, epochs=99, num_workers=3))
+    assert found is not None and found.path == right
+    assert str(other) in caplog.text
+    assert "learning_rate is 0.001 now and was 0.5 then" in caplog.text
+    assert run_folders(tmp_path)[0] == other.parent
+    assert other.exists()
+
+
+def test_auto_names_what_is_damaged_and_takes_another_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    right, damaged = saved(tmp_path, age=20), saved(tmp_path, age=10)
+    harm(damaged, "truncated")
+    found = find_checkpoint(resuming(tmp_path))
+    assert found is not None and found.path == right
+    assert f"{damaged} is damaged" in caplog.text
+
+
+def test_auto_with_nothing_there_says_that_a_new_run_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert find_checkpoint(resuming(tmp_path / "none")) is None
+    assert "nothing to resume" in caplog.text
+    assert find_checkpoint(make_run(checkpoint_dir=tmp_path)) is None
+
+
+def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
+    run = make_run(epochs=2)
+    run.progress.epoch = 2
+    path = save_checkpoint(tmp_path / run.name, run.state())
+    mark_finished(path.parent, run, version=1)
+    assert find_checkpoint(resuming(tmp_path, epochs=2)) is None
+    found = find_checkpoint(resuming(tmp_path, epochs=3))
+    assert found is not None and found.path == path
+
+
+def test_a_checkpoint_that_is_named_must_fit(tmp_path: Path) -> None:
+    path = saved(tmp_path, age=1)
+    for name in (path, path.parent):
+        found = find_checkpoint(resuming(tmp_path, str(name)))
+        assert found is not None and found.path == path
+    with pytest.raises(CheckpointError, match=r"another run: batch_size is 8 now and was 32 then"):
+        find_checkpoint(resuming(tmp_path, str(path), batch_size=8))
+    with pytest.raises(CheckpointError, match="no checkpoint in this folder can be used"):
+        find_checkpoint(resuming(tmp_path, str(path.parent), batch_size=8))
+    with pytest.raises(CheckpointError, match="missing"):
+        find_checkpoint(resuming(tmp_path, str(tmp_path / "checkpoint-000009.pt")))
+
+
+def test_another_list_of_images_is_another_run(tmp_path: Path) -> None:
+    path = saved(tmp_path, age=1)
+    run = resuming(tmp_path, str(path))
+    run.data_fingerprint = "other"
+    with pytest.raises(CheckpointError, match="the list of images is not the same"):
+        find_checkpoint(run)

@@ -1,0 +1,72 @@
+"""Fitting how logits become an answer."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.decision import CONFIDENT_PRECISION, KNOWN_SHARE, _threshold, fit_decision
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 20).map(lambda n: n / 20), st.sampled_from([True] * 9 + [False])),
+        min_size=1,
+        max_size=60,
+    )
+)
+def test_the_threshold_is_the_lowest_from_which_on_enough_are_right(
+    answers: list[tuple[float, bool]],
+) -> None:
+    """Ties included: at one confidence there is one fate."""
+    confidences, correct = (np.array(column) for column in zip(*answers, strict=True))
+    good = [c for c in confidences if correct[confidences >= c].mean() >= CONFIDENT_PRECISION]
+    assert _threshold(confidences, correct) == (min(good) if good else 1.0)
+
+
+def test_if_no_answer_is_right_none_is_confident() -> None:
+    assert _threshold(np.array([0.9, 0.8]), np.array([False, False])) == 1.0
+
+
+def scored(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, 5, num_images)
+    logits = random.normal(size=(num_images, 5)) * 2
+    logits[np.arange(num_images), labels] += 3
+    return logits, labels
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 200), st.integers(0, 10**6))
+def test_the_decision_holds_what_it_promises(num_images: int, seed: int) -> None:
+    logits, labels = scored(num_images, seed)
+    decision = fit_decision(logits, labels)
+    assert decision.temperature > 0 and 0 < decision.confident_at <= 1
+    energy = np.log(np.exp(logits).sum(axis=1))
+    share = (energy >= decision.food_at).mean()
+    assert share >= KNOWN_SHARE - 1 / num_images
+    assert share < 1 or num_images < 2
+    scaled = np.exp(logits / decision.temperature)
+    probabilities = scaled / scaled.sum(axis=1, keepdims=True)
+    confident = probabilities.max(axis=1) >= decision.confident_at - 1e-12
+    if confident.any() and decision.confident_at < 1:
+        right = probabilities.argmax(axis=1) == labels
+        assert right[confident].mean() >= CONFIDENT_PRECISION
+
+
+def test_large_logits_do_not_overflow() -> None:
+    logits, labels = scored(50, 1)
+    decision = fit_decision(logits * 1e4, labels)
+    assert np.isfinite([decision.temperature, decision.confident_at, decision.food_at]).all()
+
+
+def test_the_numbers_are_plain_floats() -> None:
+    """They are written as JSON and compared again with what is read back."""
+    decision = fit_decision(*scored(30, 2))
+    assert {type(value) for value in vars(decision).values()} == {float}
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_few_images_are_enough_for_an_answer(num_images: int) -> None:
+    assert fit_decision(*scored(num_images, 0)).confident_at <= 1

@@ -1,0 +1,206 @@
+"""README and guide are held against the code: commands, flags, settings, messages and links."""
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from app.settings import ENV_PREFIX, Settings
+from train_model import make_cli
+from training.config import REPOSITORY, config_from_args
+
+README, GUIDE = REPOSITORY / "README.md", REPOSITORY / "MODEL_TRAINING_GUIDE.md"
+DOCS = [README, GUIDE, REPOSITORY / "ml-models" / "README.md"]
+QUICK_START_MODES = {"food101", "setup", "--help"}
+
+# Commands that are not training commands, and what holds them. The first match counts.
+CHECKED_ELSEWHERE = {
+    r"bash tests/run\.sh": "runs these tests",
+    r"bash \.ci/run": "is what continuous integration runs",
+    r"\.venv/bin/ruff (check|format --check) \.": "run by .ci/run",
+    r"\.venv/bin/mypy": "run by .ci/run",
+    r"(\.venv/bin/)?mlflow (ui|server) ": "test_notebook starts the same server",
+    r"(\.\./\.venv/bin/)?uvicorn app\.main:app": "test_api runs the same application",
+    r"curl ": "test_api sends the same requests",
+    r"python benchmarks/": "the script is there; too slow for a test",
+    r"python -m training\.drive_copy ": "test_drive_copy calls its main",
+}
+NOT_RUNNABLE = {
+    r"git clone ": "needs a network and the project's address",
+    r"cd [\w-]+$": "goes into a folder",
+    r"docker ": "no container engine where the tests run",
+}
+
+
+def fences(path: Path, *languages: str) -> list[str]:
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+    return [text for language, text in blocks if language in languages]
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(document, command): the lines of the sh blocks, continued ones joined, without comments."""
+    for path in DOCS:
+        for block in fences(path, "sh", "bat"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in re.split(r" && ", line.split(" # ")[0].strip()):
+                    if command and not command.startswith(("#", "rem ")):
+                        yield path.name, command
+
+
+def training_arguments(command: str) -> list[str] | None:
+    """The arguments of train_model.py, however it is called; None if it is not."""
+    words = shlex.split(command)
+    names = [word.replace("\\", "/").rpartition("/")[2] for word in words]
+    if "train_model.py" in names:
+        return words[names.index("train_model.py") + 1 :]
+    if names[0] in ("train_quick_start.sh", "train_quick_start.bat"):
+        mode, *flags = words[1:] or [""]
+        if mode in QUICK_START_MODES:
+            return flags if mode == "food101" else []
+        return words[1:]
+    return None
+
+
+@pytest.mark.parametrize(("document", "command"), sorted(set(commands())))
+def test_every_command_is_checked(document: str, command: str) -> None:
+    arguments = training_arguments(command.replace("\\", "/"))
+    if arguments is not None:
+        options = make_cli().parse_args(arguments)
+        config_from_args(options)
+        return
+    held = [p for p in CHECKED_ELSEWHERE | NOT_RUNNABLE if re.match(p, command)]
+    assert held, f"{document}: nothing checks {command!r}"
+    for word in shlex.split(command):
+        if word.startswith("benchmarks/"):
+            assert (REPOSITORY / word).is_file()
+
+
+def test_no_check_is_left_over() -> None:
+    shown = [command for _, command in commands() if training_arguments(command) is None]
+    unused = [
+        pattern
+        for pattern in CHECKED_ELSEWHERE | NOT_RUNNABLE
+        if not any(re.match(pattern, command) for command in shown)
+    ]
+    assert unused == []
+
+
+# Tables ---------------------------------------------------------------------------------------
+
+
+def table_rows(path: Path, first_cell: str) -> list[list[str]]:
+    """The rows, as cells, whose first cell matches."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().replace("&#124;", "|") for cell in line.strip("|").split(" | ")]
+        if line.startswith("| ") and re.fullmatch(first_cell, cells[0]):
+            rows.append(cells)
+    return rows
+
+
+def test_every_flag_has_its_row_with_its_default() -> None:
+    rows = table_rows(GUIDE, r"`--\w+.*`")
+    documented = {row[0].strip("`").split()[0]: row[1].strip("`") for row in rows}
+    assert len(documented) == len(rows)
+    defaults = {}
+    for action in make_cli()._actions[1:]:  # --help comes first
+        shown = re.search(r"\(default: (.*?)[;)]|\((\d+)\)$", action.help or "")
+        without = "off" if action.nargs == 0 else "none"
+        defaults[action.option_strings[0]] = (shown[1] or shown[2]) if shown else without
+    assert documented == defaults
+
+
+def test_every_server_setting_has_its_row_with_its_default() -> None:
+    rows = {row[0].strip("`"): row[1] for row in table_rows(GUIDE, rf"`{ENV_PREFIX}\w+`")}
+    assert set(rows) == {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        shown = rows[f"{ENV_PREFIX}{name.upper()}"]
+        if isinstance(field.default, (int, float)) and field.default:
+            assert shown.startswith(f"`{field.default}`")
+
+
+def test_every_requirement_has_its_row() -> None:
+    required = set()
+    for path in ("backend/requirements.txt", "tests/requirements.txt"):
+        text = (REPOSITORY / path).read_text()
+        required |= set(re.findall(r"^([A-Za-z][\w.-]*)", text, re.M))
+    documented = [row[0].strip("`") for row in table_rows(README, r"`[a-z][\w-]+`")]
+    assert sorted(documented) == sorted(required)
+
+
+# Messages and names ---------------------------------------------------------------------------
+
+
+@cache
+def literals() -> list[str]:
+    """Every string of the backend as one line, with … where a value goes in."""
+    found = []
+    for path in (REPOSITORY / "backend").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[-+.\d]*[sdgf]", "…", node.value).replace("%%", "%"))
+    return found
+
+
+def test_every_quoted_message_is_one_the_code_can_say() -> None:
+    rows = table_rows(GUIDE, r"`[^`]*[ ][^`]*`")
+    messages = [row[0].strip("`") for row in rows if len(row) == 3 and " " in row[0]]
+    messages = [message for message in messages if not message.startswith("--")]
+    assert len(messages) > 20
+    assert [message for message in messages if not any(message in s for s in literals())] == []
+
+
+def test_every_error_code_is_in_the_server() -> None:
+    codes = re.findall(r"^\| \d{3}[\d, ]* \| (.*?) \|", GUIDE.read_text(encoding="utf-8"), re.M)
+    named = {code for cell in codes for code in re.findall(r"`(\w+)`", cell)}
+    assert len(named) > 10
+    assert [code for code in named if code not in literals()] == []
+
+
+# Links and manners ----------------------------------------------------------------------------
+
+
+def slug(heading: str) -> str:
+    """The anchor that Git hosts give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.parent.name + "/" + path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = path.parent / file if file else path
+        assert linked.exists(), f"{path.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(slug, headings), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.parent.name + "/" + path.name)
+def test_no_path_of_one_machine_and_no_package_index_is_named(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert (
+        re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\S*|\bpypi\.\w+|/simple/?\b", text)
+        == []
+    )
+
+
+def test_files_that_are_named_exist() -> None:
+    """`backend/train_model.py` and the like, in running text and tables."""
+    roots = ("backend/", "tests/", "benchmarks/", ".ci/")
+    for path in DOCS:
+        for name in re.findall(
+            r"`([\w.-]+/[\w./-]*[\w-]+\.\w+)`", path.read_text(encoding="utf-8")
+        ):
+            if name.startswith(roots):
+                assert (REPOSITORY / name).exists(), f"{path.name} names {name}"

@@ -1,0 +1,179 @@
+"""Who may import whom, and that an import does nothing."""
+
+import ast
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKEND = ROOT / "backend"
+FORBIDDEN_NAMES = {"utils", "common", "helpers", "trainer", "misc"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(BACKEND).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path
+    for pattern in ("*.py", "app/**/*.py", "training/**/*.py")
+    for path in BACKEND.glob(pattern)
+}
+
+
+@cache
+def imports(name: str) -> frozenset[str]:
+    """The modules of ours that a module names, those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} imports relatively"
+            found |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
+    return frozenset(found & MODULES.keys()) - {"app", "training", "app.ml"}
+
+
+def within(package: str) -> list[str]:
+    return [name for name in MODULES if name == package or name.startswith(f"{package}.")]
+
+
+def test_there_is_something_to_check() -> None:
+    assert {"train_model", "app.ml.model", "training.features", "training.batches"} <= set(MODULES)
+    assert imports("app.ml.predictor") == {"app.ml.artifacts", "app.ml.model"} | {
+        "app.ml.preprocessing"
+    }
+    assert "training.mlflow_mirror" in imports("train_model")  # inside a function
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        ("app.ml.model", set()),
+        ("app.ml.preprocessing", set()),
+        ("app.ml.artifacts", {"app.ml.model", "app.ml.preprocessing"}),
+        ("app.ml.predictor", {"app.ml.artifacts", "app.ml.model", "app.ml.preprocessing"}),
+        ("app.settings", set()),
+        ("app.schemas", set()),
+        ("app.nutrition", set()),
+        ("training.sample_food", set()),
+        ("training.evaluation", set()),
+        ("training.devices", set()),
+        ("training.distributed", set()),
+        ("training.report", {"training.evaluation"}),
+        ("training.augmentation", {"app.ml.preprocessing"}),
+        ("training.image_cache", {"app.ml.preprocessing"}),
+        ("training.config", {"app.ml.model"}),
+        ("training.checkpoints", {"app.ml.artifacts"}),
+        ("training.decision", {"app.ml.artifacts", "training.evaluation"}),
+    ],
+)
+def test_the_ground_floor_stands_on_little(name: str, allowed: set[str]) -> None:
+    assert imports(name) <= allowed
+
+
+def test_the_shared_core_imports_nothing_outside_itself() -> None:
+    for name in within("app.ml"):
+        assert imports(name) <= set(within("app.ml")), name
+
+
+def test_the_server_never_imports_training() -> None:
+    for name in within("app"):
+        assert imports(name) <= set(within("app")), name
+
+
+def test_training_imports_the_core_and_itself_only() -> None:
+    allowed = set(within("app.ml")) | set(within("training"))
+    for name in within("training"):
+        assert imports(name) <= allowed, name
+
+
+def test_nothing_imports_the_script() -> None:
+    assert not [name for name in MODULES if "train_model" in imports(name)]
+
+
+def test_no_imports_go_in_circles() -> None:
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"circle: {' -> '.join((*path, name))}"
+        if name not in done:
+            for other in imports(name):
+                visit(other, (*path, name))
+            done.add(name)
+
+    done: set[str] = set()
+    for name in MODULES:
+        visit(name, ())
+
+
+def test_every_file_is_named_after_what_is_in_it() -> None:
+    assert not [path for path in ROOT.glob("*/**/*.py") if path.stem in FORBIDDEN_NAMES
+                and ".venv" not in path.parts]  # fmt: skip
+
+
+# What an import does --------------------------------------------------------------------------
+
+
+def in_fresh_process(code: str, cwd: Path) -> str:
+    """What the code prints; also run where nothing can be found by the current folder."""
+    program = f"import sys; sys.path.insert(0, {str(BACKEND)!r})\n{code}"
+    command = [sys.executable, "-W", "error", "-B", "-c", program]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not result.stderr
+    return result.stdout
+
+
+NOT_AT_IMPORT = {"mlflow", "matplotlib", "seaborn", "sklearn", "tqdm", "training", "timm"} | {
+    "onnxruntime"
+}
+
+
+@pytest.mark.parametrize("name", ["app.main", "app.ml.predictor"])
+def test_serving_pulls_in_nothing_of_training(name: str, tmp_path: Path) -> None:
+    code = f"import {name}; print(*({NOT_AT_IMPORT!r} & sys.modules.keys()))"
+    assert in_fresh_process(code, tmp_path).strip() == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_core_pulls_in_no_web_framework(tmp_path: Path) -> None:
+    web = {"fastapi", "pydantic", "app.settings"}
+    code = f"import app.ml.predictor; print(*({web!r} & sys.modules.keys()))"
+    assert in_fresh_process(code, tmp_path).strip() == ""
+
+
+IMPORT_ALL = """
+import importlib, json, logging, random, signal, threading, warnings
+import numpy as np, torch
+def state():
+    root = logging.getLogger()
+    return {
+        "handlers": len(root.handlers), "level": root.level,
+        "own handlers": [n for n, l in logging.root.manager.loggerDict.items()
+                         if n.split(".")[0] in ("app", "training", "nutrilearn") and
+                         (getattr(l, "handlers", []) or getattr(l, "level", 0))],
+        "threads": torch.get_num_threads(), "alive": threading.active_count(),
+        "signals": [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+        "random": [random.getstate()[1][0], int(np.random.get_state()[1][0]), torch.initial_seed()],
+        "grad": torch.is_grad_enabled(), "cuda": torch.cuda.is_initialized(),
+        "dtype": str(torch.get_default_dtype()),
+    }
+random.seed(1); np.random.seed(1); torch.manual_seed(1)
+before = state()
+for name in NAMES:
+    importlib.import_module(name)
+print(json.dumps([before, state()]))
+"""
+
+
+def test_importing_any_module_does_nothing(tmp_path: Path) -> None:
+    """No file, no log set-up, no thread, no signal, no randomness, no GPU."""
+    names = [name for name in MODULES if name != "training.mlflow_mirror"]  # imports mlflow
+    code = IMPORT_ALL.replace("NAMES", repr(sorted(names)))
+    before, after = json.loads(in_fresh_process(code, tmp_path))
+    assert after == before
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,254 @@
+"""The page in a real Chromium: choose, drop, paste, keyboard, portion, correction, errors."""
+
+import base64
+import io
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from PIL import Image
+from tests.conftest import release_model
+
+from app.main import create_app
+from app.ml.artifacts import Decision
+from app.settings import Settings
+
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="needs playwright, which drives Chromium"
+)
+expect = playwright.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium)"),
+]
+DISHES = ["apple_pie", "baklava", "paneer_butter_masala", "waffles"]
+Open = Callable[..., Any]
+
+
+@contextmanager
+def server(model_dir: Path) -> Iterator[str]:
+    """The app on a free port of this machine, in a thread."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    app = create_app(Settings(model_dir=model_dir, workers=2))
+    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port}/"
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("page")
+    release_model(folder, DISHES, decision=Decision(1.0, confident_at=1.1, food_at=-100.0))
+    with server(folder) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Open]:
+    """Opens pages that may neither throw nor ask anybody but their own server."""
+    contexts, troubles = [], []
+
+    def open_page(url: str, **options: Any) -> Any:
+        contexts.append(context := browser.new_context(**options))
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda line: "Policy" in line.text and troubles.append(line.text))
+        page.on(
+            "request",
+            lambda r: r.url.startswith((url, "blob:")) or troubles.append(f"asked {r.url}"),
+        )
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def photo() -> bytes:
+    image = Image.radial_gradient("L").resize((300, 200)).convert("RGB")
+    image.save(buffer := io.BytesIO(), "JPEG")
+    return buffer.getvalue()
+
+
+def upload(page: Any, data: bytes, name: str = "lunch.jpg") -> None:
+    page.set_input_files("#file", {"name": name, "mimeType": "image/jpeg", "buffer": data})
+
+
+def answered(page: Any) -> str:
+    """Waits for the answer and gives the dish it names."""
+    page.wait_for_selector("#result:visible")
+    food: str = page.inner_text("#food")
+    return food
+
+
+def pressed(page: Any) -> str:
+    name: str = page.inner_text("#guesses [aria-pressed=true] .text")
+    return name
+
+
+def test_a_chosen_photo_is_answered(visit: Open, url: str) -> None:
+    page = visit(url)
+    upload(page, photo())
+    assert answered(page) == pressed(page)
+    assert page.inner_text("#verdict").startswith("Not sure")
+    assert page.locator("#guesses li").count() == 3
+    assert page.locator("#preview").is_visible()
+    assert "Model version 1, 4 dishes" in page.inner_text("footer")
+
+
+@pytest.mark.parametrize("way", ["drop", "paste"])
+def test_a_dropped_or_pasted_photo_is_answered(way: str, visit: Open, url: str) -> None:
+    page = visit(url)
+    page.evaluate(
+        """([way, data]) => {
+            const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "lunch.jpg", { type: "image/jpeg" }));
+            const options = { bubbles: true, cancelable: true };
+            document.body.dispatchEvent(way === "drop"
+                ? new DragEvent("drop", { ...options, dataTransfer: transfer })
+                : new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
+        }""",
+        [way, base64.b64encode(photo()).decode()],
+    )
+    assert answered(page)
+
+
+def test_the_portion_scales_everything_but_the_100_g(visit: Open, url: str) -> None:
+    page = visit(url)
+    upload(page, photo())
+    answered(page)
+    page.select_option("#other", "apple_pie")  # 296 kcal per 100 g, 150 g a serving
+    expect(page.locator("#food")).to_have_text("Apple Pie")
+    assert page.inner_text("#calories") == "444"
+    assert "usual serving" in page.inner_text("#portion-words")
+    page.locator("#portion").fill("300")
+    assert page.inner_text("#calories") == "888"
+    assert page.inner_text("#grams") == "300 g"
+    assert page.inner_text("#nutrients tr >> nth=0").split("\t")[1:] == ["888 kcal", "296 kcal"]
+    assert "USDA FNDDS" in page.inner_text("#source")
+
+
+def test_a_dish_without_a_source_shows_no_numbers(visit: Open, url: str) -> None:
+    page = visit(url)
+    upload(page, photo())
+    answered(page)
+    page.select_option("#other", "paneer_butter_masala")
+    page.wait_for_selector("#no-nutrition:visible")
+    assert "no sourced nutrition for Paneer Butter Masala" in page.inner_text("#no-nutrition")
+    assert not page.locator("#nutrition").is_visible()
+
+
+def test_everything_works_by_keyboard(visit: Open, url: str) -> None:
+    page = visit(url)
+    file = {"name": "lunch.jpg", "mimeType": "image/jpeg", "buffer": photo()}
+    page.on("filechooser", lambda chooser: chooser.set_files(file))
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "file"
+    page.keyboard.press("Enter")
+    answered(page)
+    assert page.evaluate("document.activeElement.id") == "result"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    second = page.locator("#guesses button >> nth=1")
+    assert second.evaluate("node => node === document.activeElement")
+    page.keyboard.press("Enter")
+    expect(page.locator("#verdict")).to_have_text("Your choice")
+    assert pressed(page) == page.inner_text("#food")
+
+
+def test_corrections_are_kept_only_with_consent(visit: Open, url: str) -> None:
+    page = visit(url)
+    stored = "localStorage.getItem('nutrilearn-corrections')"
+    upload(page, photo())
+    answered(page)
+    page.click("#guesses button >> nth=1")
+    expect(page.locator("#verdict")).to_have_text("Your choice")
+    assert page.evaluate(stored) is None
+    page.check("#consent")
+    kept = page.evaluate(f"JSON.parse({stored})")
+    assert len(kept) == 1
+    assert kept[0]["predicted"] != kept[0]["corrected"]
+    assert "1 kept in this browser" in page.inner_text("#kept")
+    page.click("#forget")
+    assert page.evaluate(stored) is None
+
+
+def test_a_file_that_is_no_photo_is_explained(visit: Open, url: str) -> None:
+    page = visit(url)
+    upload(page, b"<html><script>alert(1)</script></html>")
+    page.wait_for_selector("#error:visible")
+    assert "not a picture I can read" in page.inner_text("#error")
+    assert not page.locator("#retry").is_visible()
+    upload(page, photo())
+    assert answered(page)
+
+
+def test_a_server_that_is_gone_is_explained(visit: Open, url: str) -> None:
+    page = visit(url)
+    page.context.set_offline(True)
+    upload(page, photo())
+    page.wait_for_selector("#retry:visible")
+    assert "could not be reached" in page.inner_text("#error")
+    page.context.set_offline(False)
+    page.click("#retry")
+    assert answered(page)
+
+
+def test_without_a_model_the_page_says_how_to_get_one(visit: Open, tmp_path: Path) -> None:
+    with server(tmp_path) as url:
+        page = visit(url)
+        page.wait_for_selector("#banner:visible")
+        assert "python backend/train_model.py --sample" in page.inner_text("#banner")
+        upload(page, photo())
+        page.wait_for_selector("#error:visible")
+        assert "no trained model" in page.inner_text("#error")
+
+
+def test_what_is_no_dish_gets_no_calories(visit: Open, tmp_path: Path) -> None:
+    release_model(tmp_path, DISHES, decision=Decision(1.0, 0.0, food_at=100.0))
+    with server(tmp_path) as url:
+        page = visit(url)
+        upload(page, photo())
+        assert answered(page) == "No dish found"
+        assert "not look like a dish" in page.inner_text("#verdict")
+        assert not page.locator("#nutrition").is_visible()
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits(width: int, scheme: str, visit: Open, url: str) -> None:
+    page = visit(url, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    upload(page, photo())
+    answered(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    luminance = page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    )
+    assert (sum(luminance) > 384) == (scheme == "light")
