@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model, in two steps: environment, then one training command.
+# train_quick_start.bat does the same, step for step, on Windows.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv_python=$root/.venv/bin/python
 
 usage() {
   cat <<'TEXT'
 ./train_quick_start.sh               train on drawn sample plates: minutes, nothing to download
 ./train_quick_start.sh food101       train MobileNetV2 on Food-101 for 20 epochs (5 GB download)
-./train_quick_start.sh setup [FILE]  only make .venv and install (also what FILE requires)
+./train_quick_start.sh setup [FILE]  only make .venv and install (also what FILE lists)
 
-Any flag of backend/train_model.py may follow, for example --epochs 3; they are listed by
-./train_quick_start.sh flags
+Any flag of backend/train_model.py may follow the first two, for example --epochs 3.
 TEXT
 }
 
@@ -19,47 +20,52 @@ fail() {
   exit 1
 }
 
+suits() { # PYTHON: exists, and is 3.10 or newer
+  command -v "$1" >/dev/null && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'
+}
+
 find_python() {
-  local candidate
-  for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-    if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
-      "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-      echo "$candidate"
+  local name names=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
+  [ -z "${PYTHON:-}" ] || names=("$PYTHON")
+  for name in "${names[@]}"; do
+    if suits "$name" 2>/dev/null; then
+      echo "$name"
       return
     fi
   done
-  fail "no Python 3.10 or newer was found; install one from python.org or your system's packages" \
-    "(an unusual place: PYTHON=/path/to/python ./train_quick_start.sh)"
+  fail "Python 3.10 or newer is needed and ${PYTHON:-python3} is" \
+    "$("${PYTHON:-python3}" --version 2>&1 || true); get one from python.org or your system's" \
+    "packages (in an unusual place: PYTHON=/path/to/python ./train_quick_start.sh)"
 }
 
 make_environment() {
-  [ -x .venv/bin/python ] && return
-  local python
-  python=$(find_python)
-  echo "making .venv with $("$python" --version)"
-  "$python" -m venv .venv || {
-    rm -rf .venv
+  if [ -e "$root/.venv" ]; then
+    suits "$venv_python" && "$venv_python" -c 'import pip' && return
+    fail "$root/.venv has no working Python 3.10 or newer with pip; delete it and try again"
+  fi
+  local base
+  base=$(find_python)
+  echo "making .venv with $("$base" --version)"
+  trap 'rm -rf "$root/.venv"; exit 130' INT TERM
+  "$base" -m venv "$root/.venv" || {
+    rm -rf "$root/.venv"
     fail "the environment could not be made; on Debian and Ubuntu: sudo apt install python3-venv"
   }
+  trap - INT TERM
 }
 
-install() { # FILE: install what it requires, unless this very list is installed already
-  local stamp
-  stamp=".venv/installed-$(.venv/bin/python - "$1" <<'PYTHON'
-import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path(sys.argv[1]).read_bytes()).hexdigest()[:16])
-PYTHON
-)"
-  [ -e "$stamp" ] && return
-  local free_kb
-  free_kb=$(df -Pk . | awk 'NR == 2 { print $4 }')
-  [ "$free_kb" -gt 8000000 ] ||
-    echo "only $((free_kb / 1000000)) GB are free here; a PyTorch with CUDA takes up to 7 GB" >&2
+install() { # FILE: install what it lists, unless this very list is installed already
+  local stamp=$root/.venv/installed-${1//\//-}
+  cmp -s "$root/$1" "$stamp" && return
+  [ -f "$root/$1" ] || fail "there is no $1 in $root"
+  "$venv_python" -c 'import shutil, sys; sys.exit(shutil.disk_usage(sys.prefix).free < 10**10)' ||
+    echo "less than 10 GB are free here: enough without CUDA (3 GB), not for Linux's PyTorch" >&2
   echo "installing $1 (several minutes the first time)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" ||
-    fail "installing failed, see above. No connection? pip needs its package index once. No space?" \
-      "Free some, or delete .venv and try again"
-  touch "$stamp"
+  "$venv_python" -m pip install --disable-pip-version-check -r "$root/$1" || fail "installing failed," \
+    "see above. No connection: pip needs its package index this once. No space: free some. No" \
+    "matching version: PyTorch needs a 64-bit Python that is not brand new. Then try again; what" \
+    "is installed already is kept"
+  cp "$root/$1" "$stamp"
 }
 
 setup() {
@@ -68,42 +74,52 @@ setup() {
   [ $# -eq 0 ] || install "$1"
 }
 
+train() {
+  "$venv_python" "$root/backend/train_model.py" "$@"
+}
+
 show_next() { # ask the new model about one test picture, then say what to do next
+  local sample=$root/data/sample/food-101
   local picture
-  picture="data/sample/food-101/images/$(head -n 1 data/sample/food-101/meta/test.txt).jpg"
+  picture=$sample/images/$(head -n 1 "$sample/meta/test.txt").jpg
   echo
   echo "What the model sees on one picture of the test set:"
-  .venv/bin/python backend/train_model.py --predict "$picture"
+  train --predict "$picture"
   cat <<'TEXT'
 
-These plates are drawn; the model shows that everything works, not what is on your table. Next:
-  ./train_quick_start.sh food101                       Food-101: 101 real dishes
-  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db      compare runs on localhost:5000
-  cd backend && ../.venv/bin/uvicorn app.main:app      try the model on localhost:8000
+Made: the model with its report.html in ml-models/, the plates in data/sample/, the run in
+checkpoints/ and mlflow.db. The plates are drawn: the model shows that everything works, not what
+is on your table. Next:
+  ./train_quick_start.sh food101
+  .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db
+  cd backend && ../.venv/bin/uvicorn app.main:app
+They train on Food-101 (101 real dishes), compare runs on http://127.0.0.1:5000, and let you try
+the model on http://127.0.0.1:8000.
 TEXT
 }
 
 case "${1:-}" in
   -h | --help | help)
     usage
+    if [ -x "$venv_python" ]; then
+      train --help
+    fi
     ;;
   setup)
-    shift
-    setup "$@"
-    ;;
-  flags)
-    setup
-    .venv/bin/python backend/train_model.py --help
+    setup "${@:2}"
     ;;
   food101)
-    shift
     setup
-    .venv/bin/python backend/train_model.py --epochs 20 --model_name mobilenet_v2 "$@"
+    train --epochs 20 --model_name mobilenet_v2 "${@:2}"
     ;;
-  "" | -*)
+  "")
     setup
-    .venv/bin/python backend/train_model.py --sample --model_name efficientnet_lite0 --epochs 8 "$@"
+    train --sample --model_name efficientnet_lite0 --epochs 8
     show_next
+    ;;
+  -*)
+    setup
+    train --sample --model_name efficientnet_lite0 --epochs 8 "$@"
     ;;
   *)
     usage >&2

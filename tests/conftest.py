@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from app.ml.artifacts import FORMAT_VERSION, Decision, ModelRecord, save_version
-from app.ml.model import backbone, build_model
+from app.ml.model import backbone, build_model, head_linear
 from app.ml.preprocessing import PreprocessConfig
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -23,9 +23,12 @@ def release_model(
     """Release a network with random weights, as a run would release a trained one."""
     torch.manual_seed(seed)
     model = build_model(model_name, len(classes))
+    num_features = head_linear(model, model_name).in_features
+    centroids = torch.nn.functional.normalize(torch.rand(len(classes), num_features), dim=1)
     return save_version(
         output_dir,
         state=model.state_dict(),
+        centroids=centroids,
         onnx=None,
         make_record=lambda version, sha256: ModelRecord(
             format_version=FORMAT_VERSION,
@@ -33,15 +36,15 @@ def release_model(
             model_name=model_name,
             class_to_idx={name: i for i, name in enumerate(classes)},
             preprocessing=PreprocessConfig(**backbone(model_name).preprocessing),
-            decision=decision or Decision(temperature=1.0, confident_at=0.5, food_at=-100.0),
+            decision=decision or Decision(temperature=1.0, confident_at=0.5, food_at=-1.0),
             sha256=sha256,
             metrics={"top1": 0.5},
             training={"epochs": 1},
             libraries={"torch": torch.__version__},
             created=datetime.now(timezone.utc).isoformat(),
         ),
-        write_report=lambda folder, record: None,
-        verify=lambda folder: None,
+        write_report=lambda _folder, _record: None,
+        verify=lambda _folder: None,
     )
 
 

@@ -23,8 +23,15 @@ from tests.conftest import release_model
 from app.api import ERRORS
 from app.inference import LOGGER, TOP_K
 from app.main import JsonFormatter, create_app
-from app.ml.artifacts import Decision, read_record, read_state, save_version, weights_name
-from app.ml.model import build_model
+from app.ml.artifacts import (
+    Decision,
+    read_centroids,
+    read_record,
+    read_state,
+    save_version,
+    weights_name,
+)
+from app.ml.model import build_model, head_linear
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import EvalTransform, load_image, normalize
 from app.settings import Settings, load_settings
@@ -66,6 +73,7 @@ def sharp_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharp")
     record = release_model(folder, ["apple_pie", "chole", "jalebi", "samosa"])
     model = build_model(record.model_name, len(record.classes))
+    torch.nn.init.normal_(head_linear(model, record.model_name).weight, std=0.1)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
@@ -73,6 +81,7 @@ def sharp_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_version(
         folder,
         state=model.state_dict(),
+        centroids=read_centroids(folder, record),
         onnx=None,
         make_record=lambda version, sha256: replace(record, version=version, sha256=sha256),
         write_report=lambda *_: None,

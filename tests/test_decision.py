@@ -41,10 +41,10 @@ def scored(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 @given(st.integers(1, 200), st.integers(0, 10**6))
 def test_the_decision_holds_what_it_promises(num_images: int, seed: int) -> None:
     logits, labels = scored(num_images, seed)
-    decision = fit_decision(logits, labels)
+    similarities = np.random.default_rng(seed).uniform(-1, 1, num_images)
+    decision = fit_decision(logits, labels, similarities)
     assert decision.temperature > 0 and 0 < decision.confident_at <= 1
-    energy = np.log(np.exp(logits).sum(axis=1))
-    share = (energy >= decision.food_at).mean()
+    share = (similarities >= decision.food_at).mean()
     assert share >= KNOWN_SHARE - 1 / num_images
     assert share < 1 or num_images < 2
     scaled = np.exp(logits / decision.temperature)
@@ -57,16 +57,16 @@ def test_the_decision_holds_what_it_promises(num_images: int, seed: int) -> None
 
 def test_large_logits_do_not_overflow() -> None:
     logits, labels = scored(50, 1)
-    decision = fit_decision(logits * 1e4, labels)
+    decision = fit_decision(logits * 1e4, labels, np.linspace(-1, 1, 50))
     assert np.isfinite([decision.temperature, decision.confident_at, decision.food_at]).all()
 
 
 def test_the_numbers_are_plain_floats() -> None:
     """They are written as JSON and compared again with what is read back."""
-    decision = fit_decision(*scored(30, 2))
+    decision = fit_decision(*scored(30, 2), np.zeros(30))
     assert {type(value) for value in vars(decision).values()} == {float}
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_few_images_are_enough_for_an_answer(num_images: int) -> None:
-    assert fit_decision(*scored(num_images, 0)).confident_at <= 1
+    assert fit_decision(*scored(num_images, 0), np.zeros(num_images)).confident_at <= 1

@@ -116,7 +116,7 @@ def executed(folder: Path) -> dict[str, str]:
     resources = {"metadata": {"path": str(folder)}}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(folder / "modules"))
-        nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+        nbclient.NotebookClient(notebook, timeout=None, resources=resources).execute()
     nbformat.write(notebook, folder / "executed.ipynb")
     last = len(code_cells(notebook)) - 1
     return {

@@ -29,15 +29,18 @@ from app.ml.predictor import (
 from app.ml.preprocessing import ImageError, normalize
 
 
-def answering(logits: Tensor, decision: Decision | None = None) -> FoodPredictor:
-    """A predictor whose network answers this, whatever it is shown: (N, C)."""
+def answering(
+    logits: Tensor, decision: Decision | None = None, pooled: Tensor | None = None
+) -> FoodPredictor:
+    """A predictor whose network answers this, whatever it is shown: (N, C) and (N, 2)."""
+    seen = torch.ones(len(logits), 2) if pooled is None else pooled
     record = dataclasses.replace(
         RECORD,
         class_to_idx={f"class_{i}": i for i in range(logits.shape[1])},
         decision=decision or RECORD.decision,
     )
-    network: Any = lambda images: logits[: len(images)]  # noqa: E731
-    return FoodPredictor(record, network)
+    network: Any = lambda images: (logits[: len(images)], seen[: len(images)])  # noqa: E731
+    return FoodPredictor(record, network, centroids=torch.eye(2))
 
 
 def photo(seed: int = 0, size: int = 260) -> Image.Image:
@@ -56,7 +59,7 @@ DECISIONS = st.builds(
     Decision,
     temperature=st.floats(0.05, 20),
     confident_at=st.floats(0, 1),
-    food_at=st.floats(-100, 100),
+    food_at=st.floats(-1, 1),
 )
 
 
@@ -95,11 +98,11 @@ def test_property_7_top_k_are_k_falling_probabilities(
 
 @settings(max_examples=150, deadline=None)
 @given(logits=some_logits(), decision=DECISIONS)
-def test_the_verdict_follows_energy_and_confidence(logits: Tensor, decision: Decision) -> None:
-    for row, prediction in zip(
-        logits, answering(logits, decision).predict_batch(IMAGES, 1), strict=True
-    ):
-        if row.logsumexp(0).item() < decision.food_at:
+def test_the_verdict_follows_similarity_and_confidence(logits: Tensor, decision: Decision) -> None:
+    pooled = torch.randn(len(logits), 2, generator=torch.Generator().manual_seed(0))
+    predictions = answering(logits, decision, pooled).predict_batch(IMAGES, 1)
+    for seen, prediction in zip(pooled, predictions, strict=True):
+        if (seen / seen.norm()).max().item() < decision.food_at:  # the centroids are the axes
             expected = "not_food"
         elif prediction.top[0].probability >= decision.confident_at:
             expected = "confident"
@@ -208,6 +211,6 @@ def test_the_onnx_form_is_read_with_its_checksum(tmp_path: Path) -> None:
 def test_the_network_given_is_not_changed() -> None:
     model = build_model("mobilenet_v2", 3).train()
     before = list(model.state_dict())
-    TorchNetwork(model, torch.device("cpu"))(torch.rand(1, 3, 64, 64))
+    TorchNetwork(model, "mobilenet_v2", torch.device("cpu"))(torch.rand(1, 3, 64, 64))
     assert list(model.state_dict()) == before and model.training
     assert all(p.requires_grad for p in model.parameters())

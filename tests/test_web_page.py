@@ -53,7 +53,7 @@ def server(model_dir: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("page")
-    release_model(folder, DISHES, decision=Decision(1.0, confident_at=1.1, food_at=-100.0))
+    release_model(folder, DISHES, decision=Decision(1.0, confident_at=1.1, food_at=-1.0))
     with server(folder) as url:
         yield url
 

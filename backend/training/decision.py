@@ -1,6 +1,8 @@
 """Fits how logits become an answer: temperature and the thresholds of the verdicts."""
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
 from app.ml.artifacts import Decision
 from training.evaluation import fit_temperature, softmax
@@ -9,15 +11,15 @@ CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
 KNOWN_SHARE = 0.97  # share of real dishes that must not be called "not food"
 
 
-def fit_decision(logits: np.ndarray, labels: np.ndarray) -> Decision:
-    """From validation logits (N, C) and labels (N,)."""
+def fit_decision(logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray) -> Decision:
+    """From validation logits (N, C), labels (N,) and similarities to the nearest centroid (N,)."""
     temperature = fit_temperature(logits, labels)
     probabilities = softmax(logits, temperature)
     correct = probabilities.argmax(axis=1) == labels
     return Decision(
         temperature=temperature,
         confident_at=_threshold(probabilities.max(axis=1), correct),
-        food_at=float(np.quantile(_energy(logits), 1 - KNOWN_SHARE)),
+        food_at=float(np.quantile(similarities, 1 - KNOWN_SHARE)),
     )
 
 
@@ -31,7 +33,13 @@ def _threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
     return float(confidences[enough[-1]]) if len(enough) else 1.0
 
 
-def _energy(logits: np.ndarray) -> np.ndarray:
-    """logsumexp over the classes: (N,)."""
-    highest = logits.max(axis=1)
-    return highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
+def class_centroids(pooled: Tensor, labels: np.ndarray, num_classes: int) -> Tensor:
+    """The mean direction of each class's features, as unit vectors.
+
+    pooled: (N, num_features). Returns (num_classes, num_features); zeros, to which nothing is
+    similar, for a class without images.
+    """
+    directions = nn.functional.normalize(pooled, dim=1)
+    sums = torch.zeros(num_classes, pooled.shape[1])
+    sums.index_add_(0, torch.from_numpy(labels), directions)
+    return nn.functional.normalize(sums, dim=1)

@@ -25,19 +25,20 @@ from app.ml.artifacts import (
     report_folder_name,
     save_version,
 )
-from app.ml.model import backbone, inference_copy
-from app.ml.predictor import TorchNetwork, load_model_for_inference
+from app.ml.model import ServedNetwork, backbone, inference_copy
+from app.ml.predictor import TorchNetwork, load_model_for_inference, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.batches import EvalImages, ImageLoader, KeyBatches
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
-from training.decision import fit_decision
+from training.decision import class_centroids, fit_decision
 from training.evaluation import evaluate, prediction_rows, write_predictions_csv
 from training.report import write_confusion_matrix, write_model_card, write_report
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
 EVAL_BATCH_SIZE = 64
 VERIFY_IMAGES = 32
+CENTROID_IMAGES = 100  # of each class, to find its centre
 ONNX_TOLERANCE = 1e-3  # largest difference between the logits of both forms
 
 logger = logging.getLogger(__name__)
@@ -63,11 +64,15 @@ class VerificationError(RuntimeError):
 
 @dataclass(frozen=True)
 class Predictions:
-    """The logits of a split's readable images: paths (N), labels (N,), logits (N, C)."""
+    """What the network gives for a split's readable images.
+
+    paths: N. labels: (N,). logits: (N, C). pooled: (N, num_features), what the head saw.
+    """
 
     paths: list[str]
     labels: np.ndarray
     logits: np.ndarray
+    pooled: Tensor
     left_out: dict[str, str]
 
 
@@ -84,12 +89,16 @@ def release_model(
         return record
     model = model.cpu().eval()
     preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
-    network = TorchNetwork(model, device)
+    network = TorchNetwork(model, config.model_name, device)
     logger.info("calibrating on %d validation images", len(data.val))
-    val = predict_split(network, data.val, preprocessing, facts.num_workers, device)
-    decision = fit_decision(val.logits, val.labels)
+    workers = facts.num_workers
+    val = predict_split(network, data.val, preprocessing, workers, device)
+    known = predict_split(network, some_of_each(data.train), preprocessing, workers, device)
+    centroids = class_centroids(known.pooled, known.labels, len(data.class_to_idx))
+    similarities = nearest_centroid(val.pooled, centroids).numpy()
+    decision = fit_decision(val.logits, val.labels, similarities)
     logger.info("testing on %d images", len(data.test))
-    test = predict_split(network, data.test, preprocessing, facts.num_workers, device)
+    test = predict_split(network, data.test, preprocessing, workers, device)
     classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
     results = evaluate(test.logits, test.labels, classes, temperature=decision.temperature)
     rows = prediction_rows(test.paths, test.labels, test.logits, classes, decision.temperature)
@@ -138,13 +147,14 @@ def release_model(
 
     def verify(folder: Path) -> None:
         images = _first_images(data.test, preprocessing)
-        expected = TorchNetwork(model, torch.device("cpu"))(normalize(images, preprocessing))
-        check_logits(folder, images, expected)
+        plain = TorchNetwork(model, config.model_name, torch.device("cpu"))
+        check_logits(folder, images, plain(normalize(images, preprocessing))[0])
 
     return save_version(
         config.output_dir,
         state={name: t.contiguous() for name, t in model.state_dict().items()},
-        onnx=export_onnx(model, preprocessing),
+        centroids=centroids,
+        onnx=export_onnx(model, config.model_name, preprocessing),
         make_record=make_record,
         write_report=write_reports,
         verify=verify,
@@ -170,23 +180,34 @@ def predict_split(
     """The logits of every image as serving would compute them, in the order of the split."""
     keys = KeyBatches(len(split), EVAL_BATCH_SIZE)
     loader = ImageLoader(EvalImages(split.paths, config), keys, num_workers, device)
-    indices, logits = [], []
+    indices, logits, pooled = [], [], []
     for batch in loader.batches(epoch=0, view=0):
         if len(batch.indices):
             indices.append(batch.indices)
-            logits.append(network(normalize(batch.images, config)))
+            outputs = network(normalize(batch.images, config))
+            logits.append(outputs[0])
+            pooled.append(outputs[1])
     order = torch.cat(indices).numpy()
     return Predictions(
         paths=[split.paths[i] for i in order],
         labels=split.labels[order],
         logits=torch.cat(logits).numpy(),
+        pooled=torch.cat(pooled),
         left_out=loader.left_out,
     )
 
 
-def export_onnx(model: nn.Module, config: PreprocessConfig) -> bytes:
-    """The network, batch-norm folded, from images (N, 3, crop, crop) to logits (N, C)."""
-    network = inference_copy(model, torch.device("cpu"), torch.float32)
+def some_of_each(split: Split) -> Split:
+    """At most `CENTROID_IMAGES` images of each class, the first of the split."""
+    chosen = [np.flatnonzero(split.labels == c)[:CENTROID_IMAGES] for c in np.unique(split.labels)]
+    indices = np.sort(np.concatenate(chosen))
+    return Split(tuple(split.paths[i] for i in indices), split.labels[indices])
+
+
+def export_onnx(model: nn.Module, model_name: str, config: PreprocessConfig) -> bytes:
+    """The network, batch-norm folded: images (N, 3, crop, crop) to logits and what the head saw."""
+    served = ServedNetwork(model, model_name)
+    network = inference_copy(served, torch.device("cpu"), torch.float32)
     network = network.to(memory_format=torch.contiguous_format)
     example = torch.zeros(2, 3, config.crop, config.crop)
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
@@ -200,8 +221,8 @@ def export_onnx(model: nn.Module, config: PreprocessConfig) -> bytes:
             buffer,
             dynamo=False,
             input_names=["images"],
-            output_names=["logits"],
-            dynamic_axes={"images": {0: "n"}, "logits": {0: "n"}},
+            output_names=["logits", "pooled"],
+            dynamic_axes={"images": {0: "n"}, "logits": {0: "n"}, "pooled": {0: "n"}},
             opset_version=17,
         )
     return buffer.getvalue()

@@ -1,9 +1,10 @@
 """The files of a released model: their names, their schema, how they are saved, checked and read.
 
 A version N is `food_model_vN.pth` (the plain state_dict), `food_model_vN.onnx` (the same network
-for onnxruntime), `food_model_vN.json` (its record, written once) and the folder `food_model_vN`
-(its report). `class_to_idx.json` and `model_config.json` repeat the record of the current version.
-A version exists exactly if its record does: the record is the last of its files to appear.
+for onnxruntime), `food_model_vN.centroids.pth` (what each class looks like to the head, to tell
+dishes from other things), `food_model_vN.json` (its record, written once) and the folder
+`food_model_vN` (its report). `class_to_idx.json` and `model_config.json` repeat the record of the
+current version. A version exists exactly if its record does: it is the last of its files to appear.
 """
 
 import hashlib
@@ -54,8 +55,8 @@ class Decision:
 
     temperature: logits are divided by it before the softmax (Guo et al. 2017, arXiv:1706.04599).
     confident_at: lowest calibrated confidence that counts as "confident".
-    food_at: lowest energy score, logsumexp of the logits (Liu et al. 2020, arXiv:2010.03759),
-        that counts as a dish the model knows.
+    food_at: lowest cosine similarity between what the head sees of an image and the nearest class
+        centroid that counts as a dish the model knows.
     """
 
     temperature: float
@@ -67,7 +68,7 @@ class Decision:
 class ModelRecord:
     """Everything about one version but its weights; written to disk as JSON.
 
-    sha256: file name -> checksum of the version's .pth and .onnx.
+    sha256: file name -> checksum of the version's .pth, .onnx and .centroids.pth.
     metrics, training, libraries: for people and tools; nothing is rebuilt from them.
     """
 
@@ -126,6 +127,10 @@ def weights_name(version: int) -> str:
 
 def onnx_name(version: int) -> str:
     return f"food_model_v{version}.onnx"
+
+
+def centroids_name(version: int) -> str:
+    return f"food_model_v{version}.centroids.pth"
 
 
 def record_name(version: int) -> str:
@@ -220,6 +225,12 @@ def read_state(model_dir: Path, record: ModelRecord) -> dict[str, Tensor]:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
+def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
+    """The version's class centroids, unit vectors: (num_classes, num_features)."""
+    data = read_checked(model_dir, centroids_name(record.version), record)
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 # Saving ---------------------------------------------------------------------------------------
 
 
@@ -261,6 +272,7 @@ def save_version(
     output_dir: Path,
     *,
     state: dict[str, Tensor],
+    centroids: Tensor,
     onnx: bytes | None,
     make_record: Callable[[int, dict[str, str]], ModelRecord],
     write_report: Callable[[Path, ModelRecord], None],
@@ -282,7 +294,8 @@ def save_version(
             version = max(list_versions(output_dir), default=0) + 1
             staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".staging-"))
             try:
-                record = _stage(staging, version, state, onnx, make_record)
+                contents = _contents(version, state, centroids, onnx)
+                record = _stage(staging, version, contents, make_record)
                 (report := staging / report_folder_name(version)).mkdir()
                 write_report(report, record)
                 verify(staging)
@@ -298,16 +311,22 @@ def save_version(
     return record
 
 
+def _contents(
+    version: int, state: dict[str, Tensor], centroids: Tensor, onnx: bytes | None
+) -> dict[str, memoryview]:
+    contents = {
+        weights_name(version): state_bytes(state),
+        centroids_name(version): state_bytes(centroids),
+    }
+    return contents if onnx is None else {**contents, onnx_name(version): memoryview(onnx)}
+
+
 def _stage(
     staging: Path,
     version: int,
-    state: dict[str, Tensor],
-    onnx: bytes | None,
+    contents: dict[str, memoryview],
     make_record: Callable[[int, dict[str, str]], ModelRecord],
 ) -> ModelRecord:
-    contents = {weights_name(version): state_bytes(state)}
-    if onnx is not None:
-        contents[onnx_name(version)] = memoryview(onnx)
     record = make_record(version, {n: hashlib.sha256(d).hexdigest() for n, d in contents.items()})
     text = record.to_json().encode()
     class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
@@ -319,7 +338,8 @@ def _stage(
 
 
 def _publish(staging: Path, output_dir: Path, version: int) -> None:
-    for name in (weights_name(version), onnx_name(version), report_folder_name(version)):
+    names = (weights_name(version), onnx_name(version), centroids_name(version))
+    for name in (*names, report_folder_name(version)):
         if (staging / name).exists():
             os.replace(staging / name, output_dir / name)
     sync_folder(output_dir)
@@ -343,6 +363,6 @@ def remove_leftovers(output_dir: Path) -> None:
     """Remove what a release left that was cut off; only under the release lock."""
     complete = set(list_versions(output_dir))
     for path in output_dir.iterdir():
-        match = re.fullmatch(r"food_model_v(\d+)(\.pth|\.onnx)?", path.name)
+        match = re.fullmatch(r"food_model_v(\d+)(\.pth|\.onnx|\.centroids\.pth)?", path.name)
         if path.name.startswith(".staging-") or (match and int(match[1]) not in complete):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

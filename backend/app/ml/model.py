@@ -149,11 +149,28 @@ class TrainedPart(nn.Module):
 
         dropout_mask: (N, num_features), as `dropout_mask` draws it; without one, no dropout.
         """
+        pooled = self.pooled(features)
+        return self.linear(pooled if dropout_mask is None else pooled * dropout_mask)
+
+    def pooled(self, features: Tensor) -> Tensor:
+        """What the head sees: (N, num_features)."""
         features = self.layers(features)  # (N, num_features, H, W)
-        features = nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
-        if dropout_mask is not None:
-            features = features * dropout_mask
-        return self.linear(features)
+        return nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
+
+
+class ServedNetwork(nn.Module):
+    """The whole network as it is asked in serving; shares its tensors with the model."""
+
+    def __init__(self, model: nn.Module, model_name: str) -> None:
+        super().__init__()
+        layers = [layer for _, layer in backbone(model_name).layers(model)]
+        self.part = TrainedPart(layers, head_linear(model, model_name))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (N, 3, H, W) -> logits (N, num_classes) and what the head saw of each image,
+        (N, num_features)."""
+        pooled = self.part.pooled(images)
+        return self.part.linear(pooled), pooled
 
 
 def split_model(model: nn.Module, model_name: str, freeze: int) -> tuple[nn.Module, TrainedPart]:

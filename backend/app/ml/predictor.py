@@ -15,11 +15,12 @@ from app.ml.artifacts import (
     DamagedArtifactError,
     ModelRecord,
     onnx_name,
+    read_centroids,
     read_checked,
     read_record,
     read_state,
 )
-from app.ml.model import build_model, head_linear, inference_copy
+from app.ml.model import ServedNetwork, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
 Verdict = Literal["confident", "unsure", "not_food"]
@@ -43,9 +44,12 @@ class Prediction:
 class FoodPredictor:
     """A loaded model; safe to call from several threads at once."""
 
-    def __init__(self, record: ModelRecord, network: "TorchNetwork | OnnxNetwork") -> None:
+    def __init__(
+        self, record: ModelRecord, network: "TorchNetwork | OnnxNetwork", centroids: Tensor
+    ) -> None:
         self.record = record
         self.network = network
+        self.centroids = centroids  # unit vectors, (num_classes, num_features)
         self.classes = record.classes
         self._transform = EvalTransform(record.preprocessing)
 
@@ -59,7 +63,7 @@ class FoodPredictor:
 
     def logits(self, images: Tensor) -> Tensor:
         """Preprocessed images, uint8 (N, 3, crop, crop) -> float32 logits (N, num_classes)."""
-        return self.network(normalize(images, self.record.preprocessing))
+        return self.network(normalize(images, self.record.preprocessing))[0]
 
     def predict(self, image: ImageSource, top_k: int = 3) -> Prediction:
         """Load, preprocess and classify one picture; see `predict_batch` for the rules."""
@@ -73,21 +77,21 @@ class FoodPredictor:
         """
         if not 1 <= top_k <= len(self.classes):
             raise ValueError(f"top_k must be 1 to {len(self.classes)}, not {top_k}")
-        logits = self.logits(images)
+        logits, pooled = self.network(normalize(images, self.record.preprocessing))
         probabilities = (logits / self.record.decision.temperature).softmax(dim=1)
-        energies = logits.logsumexp(dim=1).tolist()
+        similarities = nearest_centroid(pooled, self.centroids).tolist()
         top = probabilities.topk(top_k, dim=1)
         return [
-            self._prediction(values, indices, energy)
-            for values, indices, energy in zip(
-                top.values.tolist(), top.indices.tolist(), energies, strict=True
+            self._prediction(values, indices, similarity)
+            for values, indices, similarity in zip(
+                top.values.tolist(), top.indices.tolist(), similarities, strict=True
             )
         ]
 
-    def _prediction(self, values: list[float], indices: list[int], energy: float) -> Prediction:
+    def _prediction(self, values: list[float], indices: list[int], similarity: float) -> Prediction:
         top = [ClassProbability(self.classes[i], p) for i, p in zip(indices, values, strict=True)]
         decision = self.record.decision
-        if energy < decision.food_at:
+        if similarity < decision.food_at:
             return Prediction(top, "not_food")
         return Prediction(top, "confident" if values[0] >= decision.confident_at else "unsure")
 
@@ -112,12 +116,14 @@ def load_model_for_inference(
     """
     model_dir, device = Path(model_dir), torch.device(device or "cpu")
     record = read_record(model_dir, version)
+    centroids = read_centroids(model_dir, record)
     onnx_file = onnx_name(record.version)
     has_onnx = device.type == "cpu" and onnx_file in record.sha256
     if runtime == "onnx" or (runtime == "auto" and has_onnx):
         network = OnnxNetwork(read_checked(model_dir, onnx_file, record), num_threads)
-        return FoodPredictor(record, network)
-    return FoodPredictor(record, TorchNetwork(_build(model_dir, record), device))
+        return FoodPredictor(record, network, centroids)
+    model = _build(model_dir, record)
+    return FoodPredictor(record, TorchNetwork(model, record.model_name, device), centroids)
 
 
 def predict_image(
@@ -142,22 +148,32 @@ def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
     return model
 
 
+def nearest_centroid(pooled: Tensor, centroids: Tensor) -> Tensor:
+    """Cosine similarity of each image's features to the class most like it: (N, F), (C, F) -> (N,).
+
+    Of the scores tried (energy, largest logit, largest probability, feature norm, k nearest
+    neighbours, Mahalanobis distance) this is the smallest that tells food from other things.
+    """
+    return (torch.nn.functional.normalize(pooled, dim=1) @ centroids.T).amax(dim=1)
+
+
 class TorchNetwork:
-    """The network in PyTorch: batch-norm folded, channels_last."""
+    """The network in PyTorch, batch-norm folded, channels_last; gives logits and features."""
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, model: torch.nn.Module, model_name: str, device: torch.device) -> None:
         self.device = device
-        self.model = inference_copy(model, device, torch.float32)
+        self.model = inference_copy(ServedNetwork(model, model_name), device, torch.float32)
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         # Grad mode is per thread, so it is switched off in the call, not once at start.
         with torch.inference_mode():
             images = images.to(self.device, memory_format=torch.channels_last)
-            return self.model(images).float().cpu()
+            logits, pooled = self.model(images)
+            return logits.cpu(), pooled.cpu()
 
 
 class OnnxNetwork:
-    """The network in onnxruntime, on the CPU."""
+    """The network in onnxruntime, on the CPU; gives logits and features."""
 
     def __init__(self, model: bytes, num_threads: int | None) -> None:
         import onnxruntime  # training and PyTorch-only servers do without
@@ -169,6 +185,6 @@ class OnnxNetwork:
         )
         self.input_name = self.session.get_inputs()[0].name
 
-    def __call__(self, images: Tensor) -> Tensor:
-        (logits,) = self.session.run(None, {self.input_name: np.ascontiguousarray(images)})
-        return torch.from_numpy(logits)
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, pooled = self.session.run(None, {self.input_name: np.ascontiguousarray(images)})
+        return torch.from_numpy(logits), torch.from_numpy(pooled)

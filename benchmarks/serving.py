@@ -1,0 +1,410 @@
+"""How fast and how steady the server is, against a minimal endpoint with the same model.
+
+    python benchmarks/serving.py                    # all of it, about 8 minutes
+    python benchmarks/serving.py speed --seconds 3  # a quick look
+    python benchmarks/serving.py memory --requests 2000
+
+Parts: speed (requests/s and latency at 1 to 64 clients, in alternating rounds, and /health while
+the server is saturated), memory (over 10,000 requests), reload (a new model every second under
+load), batching (is a batch cheaper per photo?). Needs a trained model; everything stays on this
+machine. The minimal endpoint is `minimal_app` below: what a tutorial shows.
+"""
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "backend"))
+
+import torch
+from fastapi import FastAPI, UploadFile
+from PIL import Image
+from torchvision import transforms
+
+from app.ml.artifacts import NoModelError, read_record, read_state
+from app.ml.model import build_model
+from app.ml.predictor import load_model_for_inference
+from app.settings import available_cores
+
+TOKEN = "only-for-this-benchmark"
+MODEL_DIR_VARIABLE = "BENCHMARK_MODEL_DIR"
+
+
+# The baseline ---------------------------------------------------------------------------------
+
+
+def minimal_app() -> FastAPI:
+    """The usual endpoint: PIL, torchvision transforms and eager PyTorch inside `async def`."""
+    model_dir = Path(os.environ[MODEL_DIR_VARIABLE])
+    record = read_record(model_dir)
+    model = build_model(record.model_name, len(record.classes))
+    model.load_state_dict(read_state(model_dir, record))
+    model.eval()
+    recipe = record.preprocessing
+    transform = transforms.Compose(
+        [
+            transforms.Resize(recipe.resize),
+            transforms.CenterCrop(recipe.crop),
+            transforms.ToTensor(),
+            transforms.Normalize(recipe.mean, recipe.std),
+        ]
+    )
+    app = FastAPI()
+
+    @app.post("/api/v1/predict")
+    async def predict(file: UploadFile) -> dict[str, Any]:
+        image = Image.open(io.BytesIO(await file.read())).convert("RGB")
+        with torch.no_grad():
+            probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
+        confidence, index = probabilities.max(dim=0)
+        return {"food_name": record.classes[int(index)], "confidence": float(confidence)}
+
+    return app
+
+
+# Servers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Server:
+    """A server process on this machine."""
+
+    name: str
+    port: int
+    seconds_to_ready: float = 0.0
+
+
+@contextmanager
+def running(name: str, arguments: list[str], folder: Path, **environment: str) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        server = Server(name, free.getsockname()[1])
+    command = [sys.executable, "-m", "uvicorn", *arguments, "--port", str(server.port)]
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, "--no-access-log", "--log-level", "warning"],
+            cwd=folder,
+            env={**os.environ, **environment},
+            stderr=log,
+        )
+        try:
+            if not _listens(server, process):
+                log.seek(0)
+                raise SystemExit(f"the {name} server did not start:\n{log.read().decode()}")
+            server.seconds_to_ready = time.perf_counter() - started
+            yield server
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _listens(server: Server, process: "subprocess.Popen[bytes]") -> bool:
+    """Wait; uvicorn listens only when the start, loading the model included, is done."""
+    for _ in range(600):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", server.port)) == 0:
+                return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.1)
+    return False
+
+
+@contextmanager
+def nutrilearn(model_dir: Path) -> Iterator[Server]:
+    environment = {"NUTRILEARN_MODEL_DIR": str(model_dir), "NUTRILEARN_RELOAD_TOKEN": TOKEN}
+    with running("NutriLearn", ["app.main:app"], ROOT / "backend", **environment) as server:
+        yield server
+
+
+@contextmanager
+def minimal(model_dir: Path) -> Iterator[Server]:
+    arguments = ["--factory", "serving:minimal_app"]
+    environment = {MODEL_DIR_VARIABLE: str(model_dir)}
+    with running("minimal", arguments, Path(__file__).parent, **environment) as server:
+        yield server
+
+
+# Clients --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Load:
+    """What the clients of one server saw."""
+
+    latencies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    statuses: Counter[int] = field(default_factory=Counter)
+    versions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rate(self) -> float:
+        return self.statuses[200] / self.seconds
+
+    def percentile(self, percent: int) -> float:
+        """In milliseconds."""
+        return 1000 * statistics.quantiles(self.latencies, n=100)[percent - 1]
+
+
+def http(method: str, path: str, body: bytes = b"", *headers: str) -> bytes:
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*lines, *headers, "", ""]).encode() + body
+
+
+def photo_request(photo: bytes) -> bytes:
+    head = b'--edge\r\nContent-Disposition: form-data; name="file"; filename="a.jpg"\r\n\r\n'
+    body = head + photo + b"\r\n--edge--\r\n"
+    kind = "Content-Type: multipart/form-data; boundary=edge"
+    return http("POST", "/api/v1/predict", body, kind)
+
+
+class Connection:
+    """One keep-alive connection; as little work per request as possible, for it shares the CPU."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    async def __aenter__(self) -> "Connection":
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.writer.close()
+
+    async def ask(self, request: bytes) -> tuple[int, bytes, bytes]:
+        """-> status, headers, body."""
+        self.writer.write(request)
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        body = await self.reader.readexactly(int(length[1])) if length else b""
+        return int(head[9:12]), head, body
+
+
+async def load(server: Server, photos: list[bytes], clients: int, until: "Stop") -> Load:
+    """Every client asks again as soon as it is answered."""
+    result = Load()
+
+    async def client(number: int) -> None:
+        async with Connection(server) as connection:
+            while until.goes_on(result):
+                started = time.perf_counter()
+                number += 1
+                status, head, _ = await connection.ask(photos[number % len(photos)])
+                result.latencies.append(time.perf_counter() - started)
+                result.statuses[status] += 1
+                if version := re.search(rb"x-model-version: (\d+)", head):
+                    result.versions[version[1].decode()] += 1
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client(i) for i in range(clients)))
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+@dataclass
+class Stop:
+    """When a load ends: after some seconds or some requests."""
+
+    seconds: float = float("inf")
+    requests: float = float("inf")
+
+    def __post_init__(self) -> None:
+        self.end = time.perf_counter() + self.seconds
+
+    def goes_on(self, result: Load) -> bool:
+        return time.perf_counter() < self.end and len(result.latencies) < self.requests
+
+
+async def poll_health(server: Server, until: Stop) -> list[float]:
+    """Latencies of /health in seconds, asked every 20 ms."""
+    latencies, request = [], http("GET", "/health")
+    async with Connection(server) as connection:
+        while until.goes_on(Load()):
+            started = time.perf_counter()
+            await connection.ask(request)
+            latencies.append(time.perf_counter() - started)
+            await asyncio.sleep(0.02)
+    return latencies
+
+
+# Parts ----------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace, photos: list[bytes]) -> None:
+    with nutrilearn(options.model_dir) as ours, minimal(options.model_dir) as theirs:
+        print(f"start to ready: {ours.seconds_to_ready:.1f} s")
+        print(f"{'clients':>7} {'server':<11} {'req/s':>7} {'p50':>7} {'p95':>7} {'p99':>7}  ms")
+        for clients in options.clients:
+            rounds = {server.name: Load() for server in (ours, theirs)}
+            for _ in range(options.rounds):
+                for server in (ours, theirs):  # alternating, so that both see the same machine
+                    merge(rounds[server.name], asyncio.run(timed(server, photos, clients, options)))
+            for name, result in rounds.items():
+                figures = (result.percentile(percent) for percent in (50, 95, 99))
+                cells = " ".join(f"{figure:7.1f}" for figure in figures)
+                print(f"{clients:7} {name:<11} {result.rate:7.1f} {cells}  {dict(result.statuses)}")
+            ratio = rounds[ours.name].rate / rounds[theirs.name].rate
+            print(f"{clients:7} {'ratio':<11} {ratio:7.2f}")
+        asyncio.run(saturated_health(ours, photos, options.seconds))
+
+
+async def timed(
+    server: Server, photos: list[bytes], clients: int, options: argparse.Namespace
+) -> Load:
+    await load(server, photos, clients, Stop(requests=2 * clients))  # warm
+    return await load(server, photos, clients, Stop(seconds=options.seconds))
+
+
+def merge(total: Load, part: Load) -> None:
+    total.latencies += part.latencies
+    total.seconds += part.seconds
+    total.statuses += part.statuses
+
+
+async def saturated_health(server: Server, photos: list[bytes], seconds: float) -> None:
+    stop = Stop(seconds=seconds)
+    result, latencies = await asyncio.gather(
+        load(server, photos, 32, stop), poll_health(server, stop)
+    )
+    p99 = 1000 * statistics.quantiles(latencies, n=100)[98]
+    print(f"/health with 32 clients at {result.rate:.0f} photos/s: p99 {p99:.1f} ms")
+
+
+def memory(options: argparse.Namespace, photos: list[bytes]) -> None:
+    with nutrilearn(options.model_dir) as server:
+        sizes = []
+        for _ in range(10):
+            stop = Stop(requests=options.requests / 10)
+            result = asyncio.run(load(server, photos, 16, stop))
+            assert set(result.statuses) == {200}, result.statuses
+            sizes.append(asyncio.run(resident_bytes(server)))
+            print(f"{options.requests / 10 * len(sizes):8.0f} requests: {sizes[-1] / 1e6:.0f} MB")
+        print(f"change from the first tenth to the end: {sizes[-1] / sizes[0] - 1:+.1%}")
+
+
+async def resident_bytes(server: Server) -> float:
+    async with Connection(server) as connection:
+        _, _, body = await connection.ask(http("GET", "/metrics"))
+    match = re.search(rb"\nprocess_resident_memory_bytes (\S+)", body)
+    assert match, "/metrics shows no memory on this system"
+    return float(match[1])
+
+
+def reload(options: argparse.Namespace, photos: list[bytes]) -> None:
+    with nutrilearn(options.model_dir) as server:
+        asyncio.run(_reload(server, photos, options.seconds))
+
+
+async def _reload(server: Server, photos: list[bytes], seconds: float) -> None:
+    stop = Stop(seconds=seconds)
+    result, reloads = await asyncio.gather(
+        load(server, photos, 16, stop), keep_reloading(server, stop)
+    )
+    failed = sum(count for status, count in result.statuses.items() if status != 200)
+    print(
+        f"{reloads} reloads during {len(result.latencies)} requests: {failed} failed, "
+        f"p99 {result.percentile(99):.0f} ms, answers by version {dict(result.versions)}"
+    )
+
+
+async def keep_reloading(server: Server, until: Stop) -> int:
+    count = 0
+    request = http("POST", "/api/v1/model/reload", b"", f"Authorization: Bearer {TOKEN}")
+    async with Connection(server) as connection:
+        while until.goes_on(Load()):
+            status, _, body = await connection.ask(request)
+            assert status == 200, json.loads(body)
+            count += 1
+            await asyncio.sleep(1)
+    return count
+
+
+def batching(options: argparse.Namespace, _: list[bytes]) -> None:
+    """Batches on all cores, against what the server does: a photo per core."""
+    cores = available_cores()
+    batches = load_model_for_inference(options.model_dir, num_threads=cores)
+    crop = batches.record.preprocessing.crop
+    for size in (1, 2, 4, 8, 16):
+        images = torch.zeros(size, 3, crop, crop, dtype=torch.uint8)
+        seconds = median_seconds(lambda images=images: batches.logits(images)) / size  # type: ignore[misc]
+        print(f"batch of {size:2} on {cores} threads: {1000 * seconds:6.2f} ms a photo")
+    single = load_model_for_inference(options.model_dir, num_threads=1)
+    photo = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
+    with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        seconds = median_seconds(lambda: list(pool.map(single.logits, [photo] * 16))) / 16
+    print(f"one by one on {cores} workers: {1000 * seconds:6.2f} ms a photo")
+
+
+def median_seconds(call: Callable[[], object], repetitions: int = 15) -> float:
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+# Command --------------------------------------------------------------------------------------
+
+PARTS = {"speed": speed, "memory": memory, "reload": reload, "batching": batching}
+
+
+def drawn_photos(count: int = 8) -> list[bytes]:
+    """JPEGs of 512x384 with as much detail as a photo (about 40 kB each)."""
+    photos = []
+    for seed in range(count):
+        noise = Image.effect_noise((128, 96), 60).resize((512, 384), Image.Resampling.BICUBIC)
+        colours = [noise, noise.rotate(90 + seed), Image.radial_gradient("L").resize(noise.size)]
+        Image.merge("RGB", colours).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        photos.append(buffer.getvalue())
+    return photos
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default="all", choices=[*PARTS, "all"])
+    parser.add_argument("--model_dir", type=Path, default=ROOT / "ml-models")
+    parser.add_argument("--photos", type=Path, help="folder of JPEGs; default: drawn ones")
+    parser.add_argument("--seconds", type=float, default=10, help="of one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, default=10_000, help="of the memory part")
+    options = parser.parse_args()
+    options.model_dir = options.model_dir.resolve()
+    try:
+        record = read_record(options.model_dir)
+    except NoModelError as error:
+        parser.error(str(error))
+    files = sorted(options.photos.rglob("*.jpg"))[:200] if options.photos else []
+    photos = [file.read_bytes() for file in files] or drawn_photos()
+    kilobytes = statistics.mean(map(len, photos)) / 1000
+    form = "ONNX" if any(name.endswith(".onnx") for name in record.sha256) else "PyTorch"
+    print(
+        f"{record.model_name} version {record.version} ({form}), {available_cores()} cores, "
+        f"{len(photos)} photos of {kilobytes:.0f} kB on average"
+    )
+    for part in (part for part in PARTS if part in options.parts or "all" in options.parts):
+        print(f"\n{part}")
+        PARTS[part](options, [photo_request(photo) for photo in photos])
+
+
+if __name__ == "__main__":
+    main()

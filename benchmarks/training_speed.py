@@ -1,0 +1,143 @@
+"""How fast is a training epoch, end to end, against the usual loop?
+
+    python benchmarks/training_speed.py                        on drawn plates
+    python benchmarks/training_speed.py --data_dir FOLDER --weights FILE
+
+The baseline is what most tutorials write: torchvision's transforms on PIL images, a DataLoader
+with its defaults, fp32, the first layers frozen by requires_grad=False alone. Both train
+MobileNetV2 (or --model_name) on the same images, batch 32, in turn, in one process. Each round is
+one epoch over --images images.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import alternating
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import train_model
+from app.ml.model import backbone, build_model, load_pretrained
+from training.config import TrainingConfig
+from training.datasets import FoodData, Split
+from training.depthwise import float32_gradients
+from training.distributed import Processes
+from training.features import feature_sources
+from training.resuming import Keeper
+
+CPU = torch.device("cpu")
+
+
+class PlainImages(Dataset):
+    """Opens and transforms each picture anew, as torchvision's own datasets do."""
+
+    def __init__(self, split: Split, transform: transforms.Compose) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image = Image.open(self.split.paths[index]).convert("RGB")
+        return self.transform(image), int(self.split.labels[index])
+
+
+class PlainLoop:
+    """The usual loop; one call is one epoch."""
+
+    def __init__(self, config: TrainingConfig, data: FoodData) -> None:
+        recipe = backbone(config.model_name).preprocessing
+        transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(recipe["crop"]),
+                transforms.RandomHorizontalFlip(),
+                transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+                transforms.ToTensor(),
+                transforms.Normalize(recipe["mean"], recipe["std"]),
+            ]
+        )
+        images = PlainImages(data.train, transform)
+        self.loader = DataLoader(images, batch_size=config.batch_size, shuffle=True)
+        self.model = build_model(config.model_name, len(data.class_to_idx))
+        load_pretrained(self.model, config.model_name, config.weights)
+        layers = backbone(config.model_name).layers(self.model)
+        for _, layer in layers[: int(config.freeze_layers)]:
+            layer.requires_grad_(False)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+
+    def epoch(self) -> int:
+        self.model.train()
+        count = 0
+        for images, labels in self.loader:
+            self.optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(self.model(images), labels)
+            loss.backward()
+            self.optimizer.step()
+            count += len(labels)
+        return count
+
+
+class OurLoop:
+    """train_model's own epoch, fed by its own sources."""
+
+    def __init__(self, config: TrainingConfig, data: FoodData, folder: Path) -> None:
+        self.run, frozen = train_model.build_run(config, data, CPU)
+        self.source, _ = feature_sources(config, data, frozen, folder, CPU, Processes())
+        self.keeper = Keeper(self.run, folder, Processes(), None)
+
+    def epoch(self) -> int:
+        frozen = self.source.frozen
+        with float32_gradients(self.run.trained, CPU, frozen.dtype):
+            train_model.train_epoch(
+                self.run, self.run.trained, self.source, self.keeper, Processes()
+            )
+        count = self.run.progress.count
+        self.run.progress.finish_epoch({})
+        return count
+
+
+def shorten(data: FoodData, images: int) -> FoodData:
+    """The same data with at most so many training images, of all classes."""
+    chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
+    train = Split(tuple(data.train.paths[i] for i in chosen), data.train.labels[chosen])
+    return FoodData(data.class_to_idx, train, data.val, data.test, data.notes, data.audit)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path)
+    parser.add_argument("--weights", default="none")
+    parser.add_argument("--model_name", default="mobilenet_v2")
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    print(alternating.machine())
+    print(f"{'images/s of a training epoch':<44} {'plain':>9} {'ours':>9}")
+    with tempfile.TemporaryDirectory() as folder:
+        for views in (0, 1):
+            settings = {"sample": options.data_dir is None}
+            if options.data_dir:
+                settings["data_dir"] = options.data_dir
+            config = TrainingConfig(
+                model_name=options.model_name,
+                weights=options.weights,
+                cache_views=views,
+                checkpoint_dir=Path(folder),
+                **settings,
+            )
+            data = shorten(train_model.load_data(config), options.images)
+            ours = OurLoop(config, data, Path(folder) / f"views-{views}")
+            plain = PlainLoop(config, data)
+            result = alternating.compare(plain.epoch, ours.epoch, options.rounds)
+            name = f"{options.model_name}, {'cached views' if views else 'default'}"
+            alternating.report(name, "images/s", result)
+
+
+if __name__ == "__main__":
+    main()
