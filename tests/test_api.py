@@ -73,7 +73,7 @@ def sharp_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharp")
     record = release_model(folder, ["apple_pie", "chole", "jalebi", "samosa"])
     model = build_model(record.model_name, len(record.classes))
-    torch.nn.init.normal_(head_linear(model, record.model_name).weight, std=0.1)
+    torch.nn.init.normal_(head_linear(model, record.model_name).weight, std=0.05)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0

