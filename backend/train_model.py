@@ -34,7 +34,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from app.ml.artifacts import ArtifactError, ModelRecord, report_folder_name, weights_name
+from app.ml.artifacts import (
+    ArtifactError,
+    ModelRecord,
+    SaveError,
+    report_folder_name,
+    weights_name,
+)
 from app.ml.model import (
     WeightsError,
     backbone,
@@ -47,7 +53,14 @@ from app.ml.model import (
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import ImageError
 from training.checkpoints import CheckpointError
-from training.config import ConfigError, TrainingConfig, config_from_args, flag_names, make_parser
+from training.config import (
+    ConfigError,
+    TrainingConfig,
+    config_from_args,
+    flag_names,
+    make_parser,
+    without_password,
+)
 from training.datasets import DataError, FoodData, load_food_data
 from training.depthwise import float32_gradients
 from training.devices import choose_device, choose_dtype
@@ -55,8 +68,18 @@ from training.distributed import Processes, join_processes, shared_gradients
 from training.features import FeatureBatch, FeatureSource, feature_sources
 from training.recording import recorded
 from training.release import RunFacts, release_model
-from training.resuming import Interrupted, Keeper, find_checkpoint, mark_finished
-from training.run_state import Run, Verdict, WeightAverage, fingerprint, plain_copy
+from training.resuming import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
+from training.run_state import (
+    MicroBatch,
+    Run,
+    TrainingError,
+    Verdict,
+    WeightAverage,
+    fingerprint,
+    is_out_of_memory,
+    pack_data,
+    plain_copy,
+)
 from training.sample_food import draw_sample
 from training.tracking import RunRecord
 
@@ -71,10 +94,6 @@ VERDICT_WORDS = {
 KNOWN_ERRORS = (DataError, WeightsError, CheckpointError, ArtifactError, ImageError)
 
 logger = logging.getLogger("nutrilearn")
-
-
-class TrainingError(RuntimeError):
-    """The run cannot go on; the message says where it stands and what to do."""
 
 
 # The loop -------------------------------------------------------------------------------------
@@ -98,6 +117,7 @@ def fit(
             train_loss, train_acc = train_epoch(run, step_module, train, keeper, processes)
             waiting = (train.seconds_waiting - waited) / (time.perf_counter() - began)
             val_loss, val_acc = validate_epoch(run, val, keeper, processes)
+            _check_finite(val_loss, "validation", run, keeper)
             metrics = {
                 "epoch": run.progress.epoch + 1,
                 "train_loss": train_loss,
@@ -135,15 +155,15 @@ def train_epoch(
     """The rest of the current epoch; returns loss and accuracy over all its images so far."""
     progress, device = run.progress, source.frozen.device
     run.trained.train()
-    seed = run.config.seed
+    seed, began = run.config.seed, time.perf_counter()
+    for _ in source.prepare(progress.epoch, shuffle_seed=seed):
+        keeper.check()
     batches = source.batches(progress.epoch, progress.batch, shuffle_seed=seed)
-    began = time.perf_counter()
     with _progress_bar(source, run, "train", processes) as bar:
         for batch in batches:
             loss_sum, correct = train_step(run, step_module, batch, device, processes)
-            totals = processes.sum(loss_sum, correct, len(batch.labels), keeper.stop.number)
-            loss_sum, hits, count, stop_number = totals
-            _check_finite(loss_sum, run, keeper)
+            loss_sum, hits, count = processes.sum(loss_sum, correct, len(batch.labels))
+            _check_finite(loss_sum, f"batch {progress.batch + 1}", run, keeper)
             now = time.perf_counter()
             progress.add(loss_sum, hits, count, now - began)
             began = now
@@ -152,7 +172,7 @@ def train_epoch(
                 loss=f"{progress.loss_sum / max(progress.count, 1):.3f}",
                 acc=f"{progress.correct / max(progress.count, 1):.3f}",
             )
-            keeper.check(stop_number / processes.world_size)
+            keeper.check()
     if not progress.count:
         raise TrainingError("not one training image could be read; the log names them")
     return progress.loss_sum / progress.count, progress.correct / progress.count
@@ -169,12 +189,50 @@ def train_step(
     total = processes.sum(len(batch.labels))[0]
     if not total:
         return 0.0, 0
+    buffers = [buffer.clone() for buffer in run.trained.buffers()]
+    while True:
+        run.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss_sum, correct = add_gradients(run, step_module, batch, device, processes, total)
+            break
+        except RuntimeError as error:
+            if processes.world_size > 1 and is_out_of_memory(error):
+                raise TrainingError(
+                    f"memory ran out; lower --batch_size (now {run.config.batch_size})"
+                ) from error
+            run.micro_batch.halve(error)
+        for buffer, before in zip(run.trained.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # batch-norm has seen images that will come again
+    run.scaler.unscale_(run.optimizer)
+    length = nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
+    # In fp16 some gradients are not finite: the scaler passes those steps over by itself.
+    if not (run.scaler.is_enabled() or math.isfinite(length)):
+        loss_sum = math.nan
+    if math.isfinite(loss_sum):
+        with warmed_up_rate(run):
+            run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.average.update()
+    return loss_sum, correct
+
+
+def add_gradients(
+    run: Run,
+    step_module: nn.Module,
+    batch: FeatureBatch,
+    device: torch.device,
+    processes: Processes,
+    total: float,
+) -> tuple[float, int]:
+    """The gradients of the mean loss over the `total` images of all processes' shares, one
+    micro-batch after the other; returns what `train_step` does."""
     labels, masks = batch.labels.to(device), _dropout_masks(run, batch).to(device)
     loss_sum, correct = 0.0, 0
-    run.optimizer.zero_grad(set_to_none=True)
-    size = run.micro_batch_size
-    for start in range(0, max(len(labels), 1), size):
-        part = slice(start, start + size)
+    parts = run.micro_batch.parts(len(labels))
+    # Each process computes as often as the others, which wait for it in every batch-norm.
+    empty = slice(len(labels), len(labels))
+    parts += [empty] * (int(processes.highest(len(parts))) - len(parts))
+    for part in parts:
         with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
             logits = step_module(batch.features[part], masks[part])
         loss = nn.functional.cross_entropy(
@@ -187,13 +245,6 @@ def train_step(
         run.scaler.scale(loss * (processes.world_size / total)).backward()
         loss_sum += loss.item()
         correct += int((logits.argmax(dim=1) == labels[part]).sum())
-    run.scaler.unscale_(run.optimizer)
-    nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
-    if math.isfinite(loss_sum):
-        with warmed_up_rate(run):
-            run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.average.update()
     return loss_sum, correct
 
 
@@ -225,14 +276,13 @@ def _is_low(batch: FeatureBatch) -> bool:
     return batch.features.dtype != torch.float32
 
 
-def _check_finite(loss_sum: float, run: Run, keeper: Keeper) -> None:
-    if math.isfinite(loss_sum):
+def _check_finite(loss: float, step: str, run: Run, keeper: Keeper) -> None:
+    if math.isfinite(loss):
         return
-    progress = run.progress
     raise TrainingError(
-        f"the loss is {loss_sum} at epoch {progress.epoch + 1}, batch {progress.batch + 1}, "
-        f"learning rate {run.optimizer.param_groups[0]['lr']:g}; try a lower --learning_rate or "
-        f"--precision fp32. The last good checkpoint is {keeper.last_good or 'none yet'}"
+        f"the loss is not finite any more at epoch {run.progress.epoch + 1}, {step}, learning rate "
+        f"{run.optimizer.param_groups[0]['lr']:g}; try a lower --learning_rate or --precision "
+        f"fp32. The last good checkpoint: {keeper.last_good or 'none yet'}"
     )
 
 
@@ -243,21 +293,26 @@ def validate_epoch(
     """Loss and accuracy of the averaged weights over the validation images."""
     module, device = run.average.module.eval(), source.frozen.device
     loss_sum, correct, count = 0.0, 0, 0
+    for _ in source.prepare(0):
+        keeper.check()
     with _progress_bar(source, run, "validate", processes) as bar:
         for batch in source.batches(0):
             labels = batch.labels.to(device)
             with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
-                logits = module(batch.features)
+                logits = _logits(run, module, batch.features)
             loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
             correct += int((logits.argmax(dim=1) == labels).sum())
             count += len(labels)
             bar.update()
-            (stop_number,) = processes.sum(keeper.stop.number)
-            keeper.check(stop_number / processes.world_size)
+            keeper.check()
     loss_sum, correct_sum, count_sum = processes.sum(loss_sum, correct, count)
     if not count_sum:
         raise TrainingError("not one validation image could be read; the log names them")
     return loss_sum / count_sum, correct_sum / count_sum
+
+
+def _logits(run: Run, module: nn.Module, features: Tensor) -> Tensor:
+    return run.micro_batch.map(lambda part: module(features[part]), len(features))
 
 
 def _progress_bar(source: FeatureSource, run: Run, verb: str, processes: Processes) -> Any:
@@ -348,7 +403,8 @@ def build_run(
         verdict=Verdict(config.early_stopping_patience),
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         data_fingerprint=fingerprint(data),
-        micro_batch_size=config.batch_size,
+        packed_data=pack_data(data),
+        micro_batch=MicroBatch(config.batch_size),
     )
     return run, frozen
 
@@ -366,24 +422,34 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         logging.disable(logging.WARNING)
     device = choose_device(config.device, processes.local_rank)
     log_settings(config)
-    data = load_data(config)
+    data = processes.from_main(lambda: load_data(config))
+    checkpoint = processes.from_main(lambda: find_checkpoint(config, data))
+    if checkpoint:
+        data = data_of_run(checkpoint, data)
     run, frozen = build_run(config, data, device)
-    checkpoint = find_checkpoint(run)
+    run.name = processes.from_main(lambda: run.name)
     if checkpoint:
         run.restore(checkpoint.state)
     run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
-    run_dir.mkdir(parents=True, exist_ok=True)
-    train_source, val_source = feature_sources(config, data, frozen, run_dir, device, processes)
-    keeper = Keeper(run, run_dir, processes, checkpoint)
-    with recorded(run, run_dir, checkpoint, device, processes) as ending:
-        try:
-            fit(run, train_source, val_source, keeper, ending.record, processes)
-        finally:
-            train_source.close()
-            val_source.close()
+    train_source, val_source = feature_sources(
+        config, data, frozen, run_dir, device, processes, run.micro_batch
+    )
+    train_source.loader.left_out = val_source.loader.left_out = run.left_out
+    with (
+        contextlib.closing(Keeper(run, run_dir, processes, checkpoint)) as keeper,
+        recorded(run, run_dir, checkpoint, device, processes) as ending,
+    ):
+        with contextlib.closing(train_source), contextlib.closing(val_source):
+            try:
+                fit(run, train_source, val_source, keeper, ending.record, processes)
+            except RuntimeError as error:
+                _explain_lost_process(error, processes)
+                raise
+        left_out = processes.merged(run.left_out)
         processes.leave()
         if not processes.is_main:
             return None
+        keeper.stop.raise_from_now()
         run.trained.load_state_dict(run.best_weights)
         facts = RunFacts(
             run_name=run.name,
@@ -392,13 +458,26 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
             history=run.progress.history,
             best_epoch=run.verdict.best_epoch,
             stopped_early=run.verdict.should_stop,
-            left_out={**train_source.loader.left_out, **val_source.loader.left_out},
+            left_out=left_out,
             num_workers=train_source.loader.num_workers,
         )
         released = release_model(run.model, data, facts, device)
         mark_finished(run_dir, run, released.version)
         ending.finish(released)
     return released
+
+
+def _explain_lost_process(error: RuntimeError, processes: Processes) -> None:
+    if "DataLoader worker" in str(error):
+        raise TrainingError(
+            f"a process that reads images died ({str(error).splitlines()[0]}); if memory is short, "
+            "lower --num_workers; --resume auto goes on from the last checkpoint"
+        ) from error
+    if processes.world_size > 1 and not isinstance(error, (TrainingError, *KNOWN_ERRORS)):
+        raise TrainingError(
+            f"the processes of this run lost each other ({str(error).splitlines()[0]}); "
+            "--resume auto goes on from the last checkpoint"
+        ) from error
 
 
 def load_data(config: TrainingConfig) -> FoodData:
@@ -470,7 +549,10 @@ def predict(images: list[str], config: TrainingConfig, top_k: int, version: int 
     model = load_model_for_inference(config.output_dir, version)
     top_k = min(top_k, len(model.classes))
     for image in images:
-        prediction = model.predict(image, top_k)
+        try:
+            prediction = model.predict(image, top_k)
+        except ImageError as error:
+            raise ImageError(f"{image}: {error}") from error
         print(image)  # noqa: T201
         for name, probability in prediction.top:
             bar = "#" * round(probability * 30)
@@ -504,13 +586,22 @@ def make_cli() -> argparse.ArgumentParser:
     return parser
 
 
+def resume_command(arguments: list[str]) -> str:
+    """The command that goes on where the one with these arguments stopped."""
+    kept = [argument for argument in arguments if not argument.startswith("--resume=")]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    return shlex.join(["python", "backend/train_model.py", *kept, "--resume", "auto"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 1 it could not be done, 2 a bad flag, 130 and 143 signals."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_cli()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    command = shlex.join(["python", "backend/train_model.py", *arguments])
+    command = without_password(shlex.join(["python", "backend/train_model.py", *arguments]))
     try:
         config = config_from_args(options)
         if options.top_k < 1:
@@ -526,9 +617,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         parser.error(str(error))
     except Interrupted as signal_received:
-        resume = "" if "--resume" in arguments else " --resume auto"
-        logger.info("stopped by %s; go on with: %s%s", signal_received, command, resume)
+        logger.info("stopped by %s; go on with: %s", signal_received, resume_command(arguments))
         return signal_received.exit_code
+    except KeyboardInterrupt:
+        logger.info("stopped before there was anything to save")
+        return 130
+    except SaveError as error:
+        logger.error(
+            "%s; nothing needs training again: %s only tests and saves",
+            error,
+            resume_command(arguments),
+        )
+        return 1
     except (*KNOWN_ERRORS, TrainingError, OSError) as error:
         logger.error("%s", error)
         return 1

@@ -26,6 +26,7 @@ from app.ml.artifacts import (
     CONFIG_NAME,
     FORMAT_VERSION,
     LOCK_NAME,
+    PUBLISHING,
     ArtifactError,
     DamagedArtifactError,
     Decision,
@@ -211,7 +212,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     at=st.integers(1, MOST_STEPS),
     error=st.sampled_from(ERRORS),
@@ -243,11 +244,21 @@ def test_property_5_saving_leaves_all_files_or_none(
             assert loaded(folder)[0] == record and record.version == number + 1
 
 
+def test_weights_that_no_release_wrote_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / weights_name(3)).write_bytes(b"somebody's own")
+    assert save(tmp_path).version == 4
+    with pytest.raises(SaveError):
+        save(tmp_path, verify=unverified)
+    assert (tmp_path / weights_name(3)).read_bytes() == b"somebody's own"
+    assert list_versions(tmp_path) == [4]
+
+
 def test_a_release_that_was_cut_off_is_cleared_away_by_the_next(tmp_path: Path) -> None:
     save(tmp_path, seed=1)
     before = contents(tmp_path)
     (tmp_path / ".staging-x1").mkdir()
     (tmp_path / ".staging-x1" / weights_name(2)).write_bytes(b"half")
+    (tmp_path / f"{PUBLISHING}2").touch()
     (tmp_path / weights_name(2)).write_bytes(b"whole, but without a record")
     (tmp_path / report_folder_name(2)).mkdir()
     (tmp_path / "notes.txt").write_text("mine")

@@ -1,6 +1,7 @@
 """Which images make up a batch, and what comes of those that cannot be read."""
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -201,5 +202,5 @@ def test_validation_is_never_augmented(photos: tuple[str, ...]) -> None:
 
 
 def test_workers_help_where_the_cores_do_not_compute() -> None:
-    assert default_num_workers(CPU) == 0
+    assert default_num_workers(CPU) == min(1, (os.cpu_count() or 1) - 1)
     assert default_num_workers(torch.device("cuda")) >= 1

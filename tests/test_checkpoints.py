@@ -1,6 +1,7 @@
 """Checkpoints: what is restored is what was saved, and no damage is ever loaded or deleted."""
 
 import copy
+import dataclasses
 import errno
 import json
 import logging
@@ -10,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_run_state import make_run, same, train_steps
+from tests.test_run_state import make_run, same, tiny_data, train_steps
 
 from app.ml import artifacts
 from training import checkpoints
+from training import resuming as resuming_module
 from training.checkpoints import (
     CheckpointError,
     load_checkpoint,
@@ -25,8 +29,10 @@ from training.checkpoints import (
     run_folders,
     save_checkpoint,
 )
-from training.resuming import find_checkpoint, mark_finished
-from training.run_state import Progress, Run, Verdict
+from training.config import TrainingConfig
+from training.datasets import FoodData, Split
+from training.resuming import data_of_run, find_checkpoint, mark_finished
+from training.run_state import Progress, Verdict
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +82,7 @@ def test_property_4_a_checkpoint_restores_the_run_exactly(
         run.lr_scheduler.step(loss)
         if run.verdict.judge(epoch, loss, (loss * 7) % 1):
             run.best_weights = copy.deepcopy(run.average.module.state_dict())
-    run.progress, run.micro_batch_size = progress, 3
+    run.progress, run.micro_batch.size = progress, 3
     with tempfile.TemporaryDirectory() as folder:
         path = save_checkpoint(Path(folder), run.state())
         resumed = make_run(ema_decay=decay, seed=seed + 1, scheduler_patience=0)
@@ -245,6 +251,7 @@ def test_a_save_that_fails_leaves_the_old_ones(at: int, kept: int, name: str) ->
         found = newest_checkpoint([folder], anything)
         if before:
             assert before.items() <= files(folder).items()
+            assert {path.name for path in folder.glob("*.pt")} <= before.keys()  # no half one
             assert found is not None and found.state["epoch"] in (kept, 9)
         elif found:
             assert found.state["epoch"] == 9
@@ -263,8 +270,11 @@ def saved(checkpoint_dir: Path, age: int, **changes: Any) -> Path:
     return path
 
 
-def resuming(checkpoint_dir: Path, resume: str = "auto", **changes: Any) -> Run:
-    return make_run(checkpoint_dir=checkpoint_dir, resume=resume, **changes)
+def resuming(
+    checkpoint_dir: Path, resume: str = "auto", **changes: Any
+) -> tuple[TrainingConfig, FoodData]:
+    run = make_run(checkpoint_dir=checkpoint_dir, resume=resume, **changes)
+    return run.config, tiny_data()
 
 
 def test_auto_takes_the_newest_of_the_same_configuration(
@@ -273,7 +283,7 @@ def test_auto_takes_the_newest_of_the_same_configuration(
     saved(tmp_path, age=30)
     right = saved(tmp_path, age=20)
     other = saved(tmp_path, age=10, learning_rate=0.5)
-    found = find_checkpoint(resuming(tmp_path, epochs=99, num_workers=3))
+    found = find_checkpoint(*resuming(tmp_path, epochs=99, num_workers=3))
     assert found is not None and found.path == right
     assert str(other) in caplog.text
     assert "learning_rate is 0.001 now and was 0.5 then" in caplog.text
@@ -286,7 +296,7 @@ def test_auto_names_what_is_damaged_and_takes_another_run(
 ) -> None:
     right, damaged = saved(tmp_path, age=20), saved(tmp_path, age=10)
     harm(damaged, "truncated")
-    found = find_checkpoint(resuming(tmp_path))
+    found = find_checkpoint(*resuming(tmp_path))
     assert found is not None and found.path == right
     assert f"{damaged} is damaged" in caplog.text
 
@@ -295,9 +305,9 @@ def test_auto_with_nothing_there_says_that_a_new_run_starts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert find_checkpoint(resuming(tmp_path / "none")) is None
+    assert find_checkpoint(*resuming(tmp_path / "none")) is None
     assert "nothing to resume" in caplog.text
-    assert find_checkpoint(make_run(checkpoint_dir=tmp_path)) is None
+    assert find_checkpoint(make_run(checkpoint_dir=tmp_path).config, tiny_data()) is None
 
 
 def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
@@ -305,27 +315,69 @@ def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_pa
     run.progress.epoch = 2
     path = save_checkpoint(tmp_path / run.name, run.state())
     mark_finished(path.parent, run, version=1)
-    assert find_checkpoint(resuming(tmp_path, epochs=2)) is None
-    found = find_checkpoint(resuming(tmp_path, epochs=3))
+    assert find_checkpoint(*resuming(tmp_path, epochs=2)) is None
+    found = find_checkpoint(*resuming(tmp_path, epochs=3))
     assert found is not None and found.path == path
 
 
 def test_a_checkpoint_that_is_named_must_fit(tmp_path: Path) -> None:
     path = saved(tmp_path, age=1)
     for name in (path, path.parent):
-        found = find_checkpoint(resuming(tmp_path, str(name)))
+        found = find_checkpoint(*resuming(tmp_path, str(name)))
         assert found is not None and found.path == path
     with pytest.raises(CheckpointError, match=r"another run: batch_size is 8 now and was 32 then"):
-        find_checkpoint(resuming(tmp_path, str(path), batch_size=8))
+        find_checkpoint(*resuming(tmp_path, str(path), batch_size=8))
     with pytest.raises(CheckpointError, match="no checkpoint in this folder can be used"):
-        find_checkpoint(resuming(tmp_path, str(path.parent), batch_size=8))
+        find_checkpoint(*resuming(tmp_path, str(path.parent), batch_size=8))
     with pytest.raises(CheckpointError, match="missing"):
-        find_checkpoint(resuming(tmp_path, str(tmp_path / "checkpoint-000009.pt")))
+        find_checkpoint(*resuming(tmp_path, str(tmp_path / "checkpoint-000009.pt")))
 
 
-def test_another_list_of_images_is_another_run(tmp_path: Path) -> None:
+def test_new_images_make_another_run(tmp_path: Path) -> None:
     path = saved(tmp_path, age=1)
-    run = resuming(tmp_path, str(path))
-    run.data_fingerprint = "other"
-    with pytest.raises(CheckpointError, match="the list of images is not the same"):
-        find_checkpoint(run)
+    config, data = resuming(tmp_path, str(path))
+    more = Split((*data.test.paths, "b/2.jpg"), np.array([0, 0, 1, 1]))
+    with pytest.raises(CheckpointError, match=r"1 images are new, b/2.jpg for one"):
+        find_checkpoint(config, dataclasses.replace(data, test=more))
+    with pytest.raises(CheckpointError, match=r"the classes are not the same \(c\)"):
+        find_checkpoint(config, dataclasses.replace(data, class_to_idx={"a": 0, "b": 1, "c": 2}))
+
+
+def test_a_run_keeps_its_list_when_images_are_gone_or_the_folder_has_moved(tmp_path: Path) -> None:
+    """What is gone keeps its old path, so that whoever reads it names it and leaves it out."""
+    path = saved(tmp_path, age=1)
+    config, data = resuming(tmp_path, str(path))
+    fewer = Split(("moved/b/1.jpg", "moved/a/1.jpg"), np.array([1, 0]))
+    now = dataclasses.replace(data, train=fewer, val=fewer, test=fewer)
+    found = find_checkpoint(config, now)
+    assert found is not None
+    then = data_of_run(found, now)
+    assert then.train.paths == ("moved/a/1.jpg", "a/2.jpg", "moved/b/1.jpg")
+    assert then.train.labels.tolist() == data.train.labels.tolist()
+    assert data_of_run(found, data) is data
+
+
+def test_a_run_that_is_being_trained_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(resuming_module, "ORPHAN_SECONDS", 0.1)
+    path = saved(tmp_path, age=1)
+    with FileLock(path.parent / resuming_module.LOCK_NAME):
+        assert find_checkpoint(*resuming(tmp_path)) is None
+        assert "another process is training this run" in caplog.text
+        with pytest.raises(CheckpointError, match="another process is training this run"):
+            find_checkpoint(*resuming(tmp_path, str(path)))
+    assert find_checkpoint(*resuming(tmp_path)) is not None
+
+
+def test_what_killed_writers_left_goes_with_the_next_checkpoints(tmp_path: Path) -> None:
+    """And the last two that verify stay, whatever else is there."""
+    good = save_checkpoint(tmp_path, state(1))
+    for number in (2, 3):
+        (tmp_path / f"checkpoint-{number:06d}.pt").write_bytes(b"half")
+    (tmp_path / ".checkpoint-000004.pt.x.tmp").write_bytes(b"half")
+    save_checkpoint(tmp_path, state(4))
+    assert good.exists() and not list(tmp_path.glob("*.tmp"))
+    save_checkpoint(tmp_path, state(5))
+    names = {f"checkpoint-{n:06d}.{kind}" for n in (4, 5) for kind in ("pt", "json")}
+    assert set(files(tmp_path)) == names

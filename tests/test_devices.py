@@ -15,6 +15,7 @@ from app.ml.preprocessing import PreprocessConfig
 from training.batches import Batch
 from training.devices import choose_device, choose_dtype, system_facts
 from training.features import FrozenPart
+from training.run_state import MicroBatch
 
 CONFIG = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 # "meta" has shapes and no numbers; what is left behind on the CPU fails there as it does on a GPU.
@@ -39,7 +40,7 @@ def test_property_8_everything_lands_on_the_chosen_device(
     device, model = torch.device(name), Tiny()
     first = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
     module = inference_copy(first, device, dtype)
-    part = FrozenPart(module, CONFIG, device, dtype)
+    part = FrozenPart(module, CONFIG, device, dtype, MicroBatch(64))
     pixels = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8)
     color = torch.zeros(num_images, 4) if augmented else None
     numbers = torch.arange(num_images)

@@ -38,9 +38,11 @@ COLAB = {
     ),
     "output.py": "def serve_kernel_port_as_window(port): print('a window on port', port)",
 }
-LOSE_DISK = (
-    "from shutil import rmtree\nfor name in ('checkpoints', 'ml-models'): rmtree(PROJECT / name)"
-)
+LOSE_DISK = """from shutil import rmtree
+for name in ("checkpoints", "ml-models"):
+    rmtree(PROJECT / name)
+MORE_FLAGS += " --no_mlflow"
+"""
 STOP_MLFLOW = "mlflow_server.terminate(), mlflow_server.wait(30)"
 
 

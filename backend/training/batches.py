@@ -112,15 +112,20 @@ class KeyBatches:
         return -(-self.num_images // self.batch_size)
 
     def batches(
-        self, epoch: int, view: int, start: int, shuffle_seed: int | None
+        self, epoch: int, view: int, start: int, shuffle_seed: int | None, *, whole: bool = False
     ) -> Iterator[list[Key]]:
-        """From batch `start` on; without a shuffle_seed, in the order of the split."""
+        """From batch `start` on; without a shuffle_seed, in the order of the split.
+
+        whole: every process takes all of each batch.
+        """
         order = np.arange(self.num_images)
         if shuffle_seed is not None:
             order = np.random.default_rng((shuffle_seed, epoch)).permutation(self.num_images)
         for batch in range(start, len(self)):
             images = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            rows = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
+            rows = np.arange(len(images))
+            if not whole:
+                rows = np.array_split(rows, self.world_size)[self.rank]
             yield [Key(int(images[row]), view, int(row)) for row in rows]
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -164,10 +169,16 @@ class ImageLoader:
         )
 
     def batches(
-        self, epoch: int, view: int, start: int = 0, shuffle_seed: int | None = None
+        self,
+        epoch: int,
+        view: int,
+        start: int = 0,
+        shuffle_seed: int | None = None,
+        *,
+        whole: bool = False,
     ) -> Iterator[Batch]:
         """One pass; every unreadable image is named in the log the first time it is met."""
-        self.keys.next_pass = self.keys.batches(epoch, view, start, shuffle_seed)
+        self.keys.next_pass = self.keys.batches(epoch, view, start, shuffle_seed, whole=whole)
         for batch in self._loader:
             for index, reason in batch.problems:
                 self._leave_out(self.paths[index], reason)
@@ -186,5 +197,7 @@ def _leave_signals_to_the_main_process(worker: int) -> None:  # noqa: ARG001
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Worker processes for this machine: one per core beside a GPU, none where cores compute."""
-    return os.cpu_count() or 1 if device.type == "cuda" else 0
+    """Worker processes for this machine: one per core beside a GPU; where the cores compute, one,
+    which leaves the loop no images to wait for and takes 4 % of two cores."""
+    cores = os.cpu_count() or 1
+    return cores if device.type == "cuda" else min(1, cores - 1)

@@ -1,16 +1,17 @@
 """Checkpoints that survive anything: written whole or not at all, checked before they are used.
 
 A checkpoint is `checkpoint-NNNNNN.pt` and, written after it, `checkpoint-NNNNNN.json` with its
-size and SHA-256. The two newest of a run are kept. A file that does not verify is named and
-passed over; none is ever deleted for being damaged.
+size and SHA-256. The two newest of a run that verify are kept. A file that does not verify is
+named and passed over; it goes when two newer ones verify, as any other does.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Checkpoint:
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
-    """Write the next checkpoint of a run durably; only then drop what is older than the last two.
+    """Write the next checkpoint of a run durably; only then drop the older ones.
 
     Raises:
         OSError: no space or no permission; what was there is untouched.
@@ -55,7 +56,10 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
     except OSError:
         path.unlink(missing_ok=True)
         raise
-    _drop_old(run_dir, path)
+    try:
+        _drop_old(run_dir)
+    except OSError as error:
+        logger.warning("old checkpoints cannot be removed: %s", error)
     return path
 
 
@@ -65,6 +69,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: missing, incomplete, damaged or of another format.
     """
+    state = torch.load(io.BytesIO(_read_verified(path)), map_location="cpu", weights_only=True)
+    if state.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {state.get('format_version')}, not {FORMAT_VERSION}"
+        )
+    return Checkpoint(path, state)
+
+
+def _read_verified(path: Path) -> bytes:
     manifest_path = path.with_suffix(".json")
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
@@ -75,16 +88,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or hashlib.sha256(data).hexdigest() != manifest.get("sha256"):
         raise CheckpointError(f"{path} is damaged: it is not what {manifest_path.name} says")
-    state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    if state.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {state.get('format_version')}, not {FORMAT_VERSION}"
-        )
-    return Checkpoint(path, state)
+    return data
 
 
 def newest_checkpoint(
-    run_dirs: list[Path], usable: Callable[[dict[str, Any]], str | None]
+    run_dirs: Iterable[Path], usable: Callable[[dict[str, Any]], str | None]
 ) -> Checkpoint | None:
     """The newest checkpoint that verifies and can be used, from the newest of these runs that has
     one; each one passed over is named with the reason.
@@ -112,8 +120,11 @@ def run_folders(checkpoint_dir: Path) -> list[Path]:
 
 
 def _last_written(run_dir: Path) -> tuple[int, str]:
-    newest = max(path.stat().st_mtime_ns for path in run_dir.glob("checkpoint-*.pt"))
-    return newest, run_dir.name
+    times = [0]
+    for path in run_dir.glob("checkpoint-*.pt"):
+        with contextlib.suppress(FileNotFoundError):  # its run, if it goes on, drops old ones
+            times.append(path.stat().st_mtime_ns)
+    return max(times), run_dir.name
 
 
 def _numbers(run_dir: Path) -> list[int]:
@@ -121,14 +132,23 @@ def _numbers(run_dir: Path) -> list[int]:
     return [int(match[1]) for match in found if match]
 
 
-def _drop_old(run_dir: Path, newest: Path) -> None:
-    """Keep the newest and, before it, the last that was completed: a damaged one does not count."""
-    complete = [
-        run_dir / f"checkpoint-{number:06d}.pt"
-        for number in sorted(_numbers(run_dir), reverse=True)
-        if (run_dir / f"checkpoint-{number:06d}.json").exists()
-    ]
-    for path in complete[KEEP:]:
-        if path != newest:
+def _drop_old(run_dir: Path) -> None:
+    """Drop what is older than the last two that verify, and what a killed writer left behind."""
+    verified = 0
+    for number in sorted(_numbers(run_dir), reverse=True):
+        path = run_dir / f"checkpoint-{number:06d}.pt"
+        if verified == KEEP:
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
+        else:
+            verified += _verifies(path)
+    for leftover in run_dir.glob(".checkpoint-*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _verifies(path: Path) -> bool:
+    try:
+        _read_verified(path)
+    except CheckpointError:
+        return False
+    return True

@@ -6,6 +6,7 @@ The command line is derived from `TrainingConfig`; a new field is a new flag.
 import argparse
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,10 @@ class Kind:
     allowed: str
 
 
-def _whole(low: int) -> Kind:
-    return Kind(int, lambda v: type(v) is int and v >= low, f"a whole number, {low} or more")
+def _whole(low: int, high: float = math.inf) -> Kind:
+    upper = "" if math.isinf(high) else f" and {high} or less"
+    allowed = f"a whole number, {low} or more{upper}"
+    return Kind(int, lambda v: type(v) is int and low <= v <= high, allowed)
 
 
 def _number(low: float, high: float = math.inf, *, low_too: bool = False) -> Kind:
@@ -219,7 +222,7 @@ class TrainingConfig:
         "(on: fitted to the length of an epoch; 0: off)",
         exact=True,
     )
-    seed: int = setting("training", 42, _whole(0), "start of all randomness", exact=True)
+    seed: int = setting("training", 42, _whole(0, 2**64 - 1), "start of all randomness", exact=True)
     # device
     device: str = setting(
         "device", "auto", _choice("auto", "cuda", "cpu", "mps"), "where to compute"
@@ -267,6 +270,7 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every value as JSON knows it."""
         values = dataclasses.asdict(self)
+        values["tracking_uri"] = without_password(self.tracking_uri)
         return {
             name: str(value)
             if isinstance(value, Path)
@@ -280,6 +284,11 @@ class TrainingConfig:
         """The values on which every number of the run depends, as JSON knows them."""
         names = {field.name for field in dataclasses.fields(self) if field.metadata["exact"]}
         return {name: value for name, value in self.to_dict().items() if name in names}
+
+
+def without_password(text: str) -> str:
+    """The text with the password of any URI in it starred out, so that it may be shown."""
+    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -7,15 +7,18 @@ batch-norm sees the whole batch, and every count is summed over the processes.
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,34 @@ class Processes:
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over all processes."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def highest(self, value: float) -> float:
+        """The highest value of all processes."""
+        return self._reduce((value,), dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self.world_size == 1:
             return list(values)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         total = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, operation)
         return total.tolist()
+
+    def from_main(self, make: Callable[[], Value]) -> Value:
+        """What make gives in the main process, in all of them."""
+        if self.world_size == 1:
+            return make()
+        values: list[Any] = [make() if self.is_main else None]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def merged(self, facts: dict[str, str]) -> dict[str, str]:
+        """The facts of all processes."""
+        gathered = [facts] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(gathered, facts)
+        return {name: fact for part in gathered for name, fact in part.items()}
 
     def leave(self) -> None:
         """Wait for the others, then part."""
@@ -51,9 +76,13 @@ def join_processes(device_type: str) -> Processes:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Processes()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return Processes(dist.get_rank(), world_size, int(os.environ.get("LOCAL_RANK", "0")))
+    # The others wait while the main process downloads 5 GB.
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
+    return Processes(dist.get_rank(), world_size, local_rank)
 
 
 @contextlib.contextmanager
@@ -87,11 +116,12 @@ def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         return activation(eval_norm)
     values = images.float()
     count = values.new_tensor([values.numel() / values.shape[1]])
-    sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), count])
-    sums = all_reduce(sums)
-    total, square, count = sums[: norm.num_features], sums[norm.num_features : -1], sums[-1]
-    mean = total / count
-    variance = square / count - mean.square()
+    sums = all_reduce(torch.cat([values.sum((0, 2, 3)), count]))
+    count = sums[-1]
+    mean = sums[:-1] / count
+    # Around the mean: the difference of two large sums would lose half of the digits.
+    squares = (values - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+    variance = all_reduce(squares) / count
     with torch.no_grad():
         assert norm.momentum is not None and norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1

@@ -34,6 +34,7 @@ from training.datasets import FoodData
 from training.devices import choose_dtype
 from training.distributed import Processes
 from training.image_cache import ImageCache
+from training.run_state import MicroBatch
 
 RESERVED_BYTES = 1 << 30  # never fill a disk beyond this
 
@@ -53,17 +54,26 @@ class FrozenPart:
     """From pixels to features, without gradients, in the format the device is fastest in."""
 
     def __init__(
-        self, module: nn.Module, config: PreprocessConfig, device: torch.device, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        config: PreprocessConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: MicroBatch,
     ) -> None:
         self.module, self.config, self.device, self.dtype = module, config, device, dtype
+        self.micro_batch = micro_batch
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        images = batch.images.to(self.device, non_blocking=True)
+        return self.micro_batch.map(lambda part: self._features(batch, part), len(batch.images))
+
+    def _features(self, batch: Batch, part: slice) -> Tensor:
+        images = batch.images[part].to(self.device, non_blocking=True)
         if batch.color is None:
             pixels = normalize(images, self.config)
         else:
-            pixels = color_jitter(images, batch.color.to(self.device), self.config)
+            pixels = color_jitter(images, batch.color[part].to(self.device), self.config)
         pixels = pixels.to(dtype=self.dtype, memory_format=torch.channels_last)
         return self.module(pixels)
 
@@ -82,11 +92,14 @@ class FeatureSource:
         frozen: FrozenPart,
         num_views: int,
         store_path: Path,
+        processes: Processes,
     ) -> None:
+        self.processes = processes
         self.loader, self.frozen, self.num_views = loader, frozen, num_views
         self.labels = torch.from_numpy(labels)
         self.store_path = store_path
         self.store: FeatureStore | None = None
+        self.can_store = num_views > 0
         self.seconds_waiting = 0.0  # for pixels, since the start
 
     def __len__(self) -> int:
@@ -97,19 +110,34 @@ class FeatureSource:
         self, epoch: int, start: int = 0, shuffle_seed: int | None = None
     ) -> Iterator[FeatureBatch]:
         """The batches of a pass from number `start` on; without a shuffle_seed, in split order."""
-        if self.num_views and (store := self._filled_store(epoch % self.num_views)):
-            yield from self._from_store(store, epoch, start, shuffle_seed)
+        for _ in self.prepare(epoch, shuffle_seed):
+            pass
+        if self.store:
+            yield from self._from_store(self.store, epoch, start, shuffle_seed)
             return
-        view = epoch % self.num_views if self.num_views else epoch
-        for batch, features in self._computed(view, epoch, start, shuffle_seed):
-            yield FeatureBatch(features, self.labels[batch.indices], batch.rows)
-
-    def _computed(
-        self, view: int, epoch: int, start: int = 0, shuffle_seed: int | None = None
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        passes = self.loader.batches(epoch, view, start, shuffle_seed)
+        passes = self.loader.batches(epoch, self._view(epoch), start, shuffle_seed)
         for batch in self._timed(passes):
-            yield batch, self.frozen(batch)
+            yield FeatureBatch(self.frozen(batch), self.labels[batch.indices], batch.rows)
+
+    def prepare(self, epoch: int, shuffle_seed: int | None = None) -> Iterator[None]:
+        """Compute what is kept for this pass where it is not there yet, one batch at a time."""
+        if self.can_store and self.store is None:
+            self._open_store()
+            if self.processes.highest(float(not self.can_store)):  # all have one or none has
+                self.close()
+                self.can_store = False
+        view = self._view(epoch)
+        if self.store is None or self.store.is_filled(view):
+            return
+        # Shuffling deals the images of a batch out anew, so that each process needs all of them.
+        whole = shuffle_seed is not None
+        for batch in self._timed(self.loader.batches(view, view, whole=whole)):
+            self.store.put(view, batch.indices, self.frozen(batch))
+            yield
+        self.store.set_filled(view)
+
+    def _view(self, epoch: int) -> int:
+        return epoch % self.num_views if self.num_views else epoch
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         iterator = iter(batches)
@@ -121,31 +149,22 @@ class FeatureSource:
                 return
             yield batch
 
-    def _filled_store(self, view: int) -> "FeatureStore | None":
-        if self.store is None:
-            self.store = self._open_store()
-        if self.store and not self.store.is_filled(view):
-            rows = ((batch.indices, features) for batch, features in self._computed(view, view))
-            self.store.fill(view, rows)
-        return self.store
-
-    def _open_store(self) -> "FeatureStore | None":
+    def _open_store(self) -> None:
         device, config = self.frozen.device, self.frozen.config
         probe = torch.zeros(1, 3, config.crop, config.crop, dtype=torch.uint8, device=device)
         empty = torch.zeros(1, dtype=torch.int64)
         features = self.frozen(Batch(probe, None, empty, empty, []))
         try:
-            return FeatureStore(
+            self.store = FeatureStore(
                 self.store_path,
                 self.num_views,
                 len(self.labels),
                 features.shape[1:],
                 features.dtype,
             )
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's words for what cannot be mapped
             logger.warning("features are computed anew in each epoch: %s", error)
-            self.num_views = 0
-            return None
+            self.can_store = False
 
     def _from_store(
         self, store: "FeatureStore", epoch: int, start: int, shuffle_seed: int | None
@@ -153,7 +172,7 @@ class FeatureSource:
         for keys in self.loader.keys.batches(epoch, epoch, start, shuffle_seed):
             indices = np.array([key.image for key in keys], dtype=np.int64)
             rows = torch.tensor([key.row for key in keys], dtype=torch.int64)
-            features, present = store.read(epoch % self.num_views, indices)
+            features, present = store.read(self._view(epoch), indices)
             there = torch.from_numpy(present)
             features = features.to(self.frozen.device, non_blocking=True)
             yield FeatureBatch(features, self.labels[indices[present]], rows[there])
@@ -165,7 +184,11 @@ class FeatureSource:
 
 
 class FeatureStore:
-    """Features of num_images images in num_views views, in a file that is mapped into memory."""
+    """Features of num_images images in num_views views, in a file that is mapped into memory.
+
+    Its name is removed at once (but on Windows, where that cannot be done to a file in use), so
+    that even a killed process gives the disk space back.
+    """
 
     def __init__(
         self, path: Path, num_views: int, num_images: int, shape: torch.Size, dtype: torch.dtype
@@ -173,12 +196,16 @@ class FeatureStore:
         """Reserve the file.
 
         Raises:
-            OSError: the disk has no room for it, or it cannot be written.
+            OSError, RuntimeError: the disk has no room for it, or it cannot be written or mapped.
         """
         self.path = path
         numel = num_views * num_images * shape.numel()
-        _reserve(path, numel * dtype.itemsize)
-        values = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+        try:
+            _reserve(path, numel * dtype.itemsize)
+            values = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+        finally:
+            if os.name != "nt":
+                path.unlink(missing_ok=True)
         self._features = values.view(num_views, num_images, *shape)
         self._present = np.zeros((num_views, num_images), dtype=bool)
         self._filled = np.zeros(num_views, dtype=bool)
@@ -186,11 +213,13 @@ class FeatureStore:
     def is_filled(self, view: int) -> bool:
         return bool(self._filled[view])
 
-    def fill(self, view: int, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """batches: (indices (N,), features (N, *shape)) of all images that could be read."""
-        for indices, features in batches:
-            self._features[view, indices] = features.cpu()
-            self._present[view, indices.numpy()] = True
+    def put(self, view: int, indices: Tensor, features: Tensor) -> None:
+        """Keep features (N, *shape) of the images with these indices (N,)."""
+        self._features[view, indices] = features.cpu()
+        self._present[view, indices.numpy()] = True
+
+    def set_filled(self, view: int) -> None:
+        """Note that all images of a view that could be read are there."""
         self._filled[view] = True
 
     def read(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
@@ -225,6 +254,7 @@ def feature_sources(
     run_dir: Path,
     device: torch.device,
     processes: Processes,
+    micro_batch: MicroBatch,
 ) -> tuple[FeatureSource, FeatureSource]:
     """What training and validation are fed from."""
     preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
@@ -233,7 +263,8 @@ def feature_sources(
         config.freeze_layers == "all"
     ):  # then only the pooled features matter, which are 49 times smaller
         frozen = nn.Sequential(frozen, nn.AdaptiveAvgPool2d(1))
-    part = FrozenPart(inference_copy(frozen, device, dtype), preprocessing, device, dtype)
+    network = inference_copy(frozen, device, dtype)
+    part = FrozenPart(network, preprocessing, device, dtype, micro_batch)
     workers = config.num_workers
     num_workers = default_num_workers(device) if workers == "auto" else int(workers)
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
@@ -244,8 +275,9 @@ def feature_sources(
     )
     val_images = EvalImages(data.val.paths, preprocessing)
     val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
-    stores = run_dir / f"features-{processes.rank}"
+    train_store = run_dir / f"train-features-{processes.rank}.bin"
+    val_store = run_dir / f"val-features-{processes.rank}.bin"
     train = FeatureSource(
-        train_loader, data.train.labels, part, config.cache_views, stores / "train.bin"
+        train_loader, data.train.labels, part, config.cache_views, train_store, processes
     )
-    return train, FeatureSource(val_loader, data.val.labels, part, 1, stores / "val.bin")
+    return train, FeatureSource(val_loader, data.val.labels, part, 1, val_store, processes)

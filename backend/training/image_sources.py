@@ -130,6 +130,10 @@ def class_folders(root: Path, findings: Findings) -> dict[str, list[Path]]:
     """Normalised name -> the folders of that class; "" gathers the names that say nothing."""
     folders = defaultdict(list)
     for name, folder in subfolders(root).items():
+        if not name.isprintable():  # such a name fits in no JSON, so the model could not be saved
+            raise DataError(
+                f"{root} has a class folder {name!r}, whose name is not text; rename it."
+            )
         folders[normalise_class_name(name)].append(folder)
     for name, same in folders.items():
         if len(same) > 1:

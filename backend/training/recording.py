@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ class Ending:
 
     record: RunRecord
     config: TrainingConfig
-    began: float = field(default_factory=time.monotonic)
+    history: list[dict[str, float]]
     status: str = "FAILED"
     metrics: dict[str, float] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
@@ -40,7 +39,7 @@ class Ending:
     def finish(self, released: ModelRecord) -> None:
         numbers = {k: v for k, v in released.metrics.items() if isinstance(v, (int, float))}
         self.status, self.metrics = "FINISHED", numbers
-        self.metrics["session_seconds"] = time.monotonic() - self.began
+        self.metrics["training_seconds"] = sum(epoch["seconds"] for epoch in self.history)
         self.files = [str(path) for path in released_files(self.config.output_dir, released)]
         self.model = {"name": REGISTERED_NAME, "version": released.version, "files": self.files}
 
@@ -71,7 +70,7 @@ def recorded(
         logger.info("resumed after epoch %d, batch %d: %s", at.epoch, at.batch, checkpoint.path)
         record.resumed(epoch=at.epoch, batch=at.batch, history=at.history)
     mirror = MlflowMirror.launch(run_dir) if mirrored else MlflowMirror()
-    ending = Ending(record, config)
+    ending = Ending(record, config, run.progress.history)
     try:
         yield ending
     except Interrupted:

@@ -18,8 +18,11 @@ from app.ml.artifacts import (
     CLASS_MAP_NAME,
     CONFIG_NAME,
     FORMAT_VERSION,
+    DamagedArtifactError,
     ModelRecord,
+    SaveError,
     list_versions,
+    make_current,
     read_record,
     record_name,
     report_folder_name,
@@ -85,7 +88,8 @@ def release_model(
         SaveError: it could not be saved or verified; earlier versions are untouched.
     """
     config = facts.config
-    if record := _version_of(facts.run_name, config.output_dir):
+    if record := _version_of(facts, config.output_dir):
+        make_current(config.output_dir, record)
         return record
     model = model.cpu().eval()
     preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
@@ -124,7 +128,11 @@ def release_model(
                 "val_acc": best["val_acc"],
                 "val_loss": best["val_loss"],
             },
-            training={"run": facts.run_name, **config.to_dict()},
+            training={
+                "run": facts.run_name,
+                "epochs_done": len(facts.history),
+                **config.to_dict(),
+            },
             libraries=library_versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
@@ -161,11 +169,16 @@ def release_model(
     )
 
 
-def _version_of(run_name: str, output_dir: Path) -> ModelRecord | None:
-    """The version that a run released before it was cut off, if it came that far."""
+def _version_of(facts: RunFacts, output_dir: Path) -> ModelRecord | None:
+    """The version that the run released before it was cut off, if it came that far."""
+    run = (facts.run_name, len(facts.history))
     for version in reversed(list_versions(output_dir)):
-        record = read_record(output_dir, version)
-        if record.training.get("run") == run_name:
+        try:
+            record = read_record(output_dir, version)
+        except DamagedArtifactError as error:
+            logger.warning("passed over: %s", error)
+            continue
+        if (record.training.get("run"), record.training.get("epochs_done")) == run:
             return record
     return None
 
@@ -177,7 +190,11 @@ def predict_split(
     num_workers: int,
     device: torch.device,
 ) -> Predictions:
-    """The logits of every image as serving would compute them, in the order of the split."""
+    """The logits of every image as serving would compute them, in the order of the split.
+
+    Raises:
+        SaveError: not one image can be read.
+    """
     keys = KeyBatches(len(split), EVAL_BATCH_SIZE)
     loader = ImageLoader(EvalImages(split.paths, config), keys, num_workers, device)
     indices, logits, pooled = [], [], []
@@ -187,6 +204,10 @@ def predict_split(
             outputs = network(normalize(batch.images, config))
             logits.append(outputs[0])
             pooled.append(outputs[1])
+    if not indices:
+        raise SaveError(
+            f"not one of {len(split)} images can be read, {split.paths[0]} for one; put them back"
+        )
     order = torch.cat(indices).numpy()
     return Predictions(
         paths=[split.paths[i] for i in order],

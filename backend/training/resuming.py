@@ -1,11 +1,15 @@
 """When a run is saved, how it is stopped by a signal, and which checkpoint it goes on from."""
 
+import dataclasses
 import json
 import logging
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from app.ml.artifacts import write_durably
 from training.checkpoints import (
@@ -17,17 +21,24 @@ from training.checkpoints import (
     save_checkpoint,
 )
 from training.config import TrainingConfig, differences
+from training.datasets import FoodData, Split
 from training.distributed import Processes
-from training.run_state import Run
+from training.run_state import Run, fingerprint, unpack_data
 
 CHECKPOINT_SECONDS = 300  # at most this much work is lost to a power cut inside an epoch
 FINISHED_NAME = "finished.json"
+LOCK_NAME = ".in-use.lock"
+ORPHAN_SECONDS = 15  # a killed trainer's data workers hold its lock until they notice, for 5 s
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
-    """A signal asked the run to end, and its checkpoint is written."""
+class Interrupted(BaseException):
+    """A signal asked the run to end, and its checkpoint is written.
+
+    Like KeyboardInterrupt no Exception: a decoder that takes whatever goes wrong for a damaged
+    image must not swallow it.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -39,26 +50,51 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+        self._raises = False
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, _frame: object) -> None:
         if self.number:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.number = number
+        if self._raises:
+            raise Interrupted(number)
+
+    def raise_from_now(self) -> None:
+        """Nothing is left to save: raise Interrupted at once if a signal came or when one comes."""
+        self._raises = True
+        if self.number:
+            raise Interrupted(self.number)
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class Keeper:
-    """Writes the checkpoints of a run: when asked, when it is time, when a signal came."""
+    """Writes the checkpoints of a run: when asked, when it is time, when a signal came.
+
+    Until it is closed, no other process can take the run up.
+    """
 
     def __init__(
         self, run: Run, run_dir: Path, processes: Processes, checkpoint: Checkpoint | None
     ) -> None:
+        """Raises: OSError, where the folder cannot be made or written."""
         self.run, self.run_dir, self.processes = run, run_dir, processes
-        self.stop = StopRequest()
         self.last_good = checkpoint.path if checkpoint else None
         self._saved_at = time.monotonic()
+        self._lock = FileLock(run_dir / LOCK_NAME)
+        if processes.is_main:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=ORPHAN_SECONDS)
+        self.stop = StopRequest()
+
+    def close(self) -> None:
+        """Give the signals back to whom they belonged, and the run to other processes."""
+        self.stop.close()
+        self._lock.release()
 
     def save(self) -> None:
         """Write one; a full disk is said and survived, as the checkpoint before it is whole."""
@@ -74,42 +110,42 @@ class Keeper:
                 f"the last good one is {self.last_good}" if self.last_good else "there is none yet",
             )
 
-    def check(self, stop_number: float) -> None:
+    def check(self) -> None:
         """After each batch: save when it is time.
 
         Raises:
-            Interrupted: a signal came; the checkpoint is written.
+            Interrupted: a signal came, here or to another process; the checkpoint is written.
         """
-        if stop_number:
+        if number := self.processes.highest(self.stop.number):
             self.save()
-            raise Interrupted(int(stop_number))
+            raise Interrupted(int(number))
         if time.monotonic() - self._saved_at > CHECKPOINT_SECONDS:
             self.save()
 
 
-def find_checkpoint(run: Run) -> Checkpoint | None:
+def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None:
     """What --resume asks for: None to start afresh.
 
     Raises:
         CheckpointError: the checkpoint named cannot be used.
     """
-    config = run.config
     if config.resume is None:
         return None
 
     def unusable(state: dict[str, Any]) -> str | None:
         differing = list(differences(config.exact_settings(), state["config"]))
-        if state["data_fingerprint"] != run.data_fingerprint:
-            differing.append("the list of images is not the same")
+        if not differing and state["data_fingerprint"] != fingerprint(data):
+            differing = _new_in(data, unpack_data(state["packed_data"]))
         return f"it belongs to another run: {'; '.join(differing)}" if differing else None
 
     if config.resume == "auto":
-        folders = [p for p in run_folders(config.checkpoint_dir) if not _is_finished(p, config)]
-        checkpoint = newest_checkpoint(folders, unusable)
+        checkpoint = newest_checkpoint(_unfinished(config), unusable)
         if checkpoint is None:
             logger.info("nothing to resume in %s; a new run starts", config.checkpoint_dir)
         return checkpoint
     path = Path(config.resume).expanduser()
+    if _is_in_use(path if path.is_dir() else path.parent):
+        raise CheckpointError(f"--resume {path}: another process is training this run")
     if path.is_dir():
         checkpoint = newest_checkpoint([path], unusable)
         if checkpoint is None:
@@ -121,13 +157,79 @@ def find_checkpoint(run: Run) -> Checkpoint | None:
     return checkpoint
 
 
+def _unfinished(config: TrainingConfig) -> Iterator[Path]:
+    """The folders of the runs that can go on, the one written to last first."""
+    for run_dir in run_folders(config.checkpoint_dir):
+        if _is_finished(run_dir, config):
+            continue
+        if _is_in_use(run_dir):
+            logger.warning("passed over %s: another process is training this run", run_dir)
+            continue
+        yield run_dir
+
+
 def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
     """Released, and not asked to train for longer."""
+    path = run_dir / FINISHED_NAME
     try:
-        finished = json.loads((run_dir / FINISHED_NAME).read_text(encoding="utf-8"))
+        finished = json.loads(path.read_text(encoding="utf-8"))
+        return bool(finished["stopped_early"] or finished["epochs"] >= config.epochs)
     except FileNotFoundError:
         return False
-    return bool(finished["stopped_early"] or finished["epochs"] >= config.epochs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be read (%s); its run counts as not finished", path, error)
+        return False
+
+
+def _is_in_use(run_dir: Path) -> bool:
+    if not (run_dir / LOCK_NAME).exists():
+        return False
+    try:
+        with FileLock(run_dir / LOCK_NAME, timeout=ORPHAN_SECONDS):
+            return False
+    except Timeout:
+        return True
+
+
+def _new_in(data: FoodData, then: FoodData) -> list[str]:
+    """Why a run that began with other lists of images cannot go on with what is there now.
+
+    Images that are gone are no reason: they are left out, as they are when they go while it trains.
+    """
+    if data.class_to_idx != then.class_to_idx:
+        changed = sorted(data.class_to_idx.keys() ^ then.class_to_idx.keys())
+        return [f"the classes are not the same ({', '.join(changed)})"]
+    new: list[str] = []
+    for now, before in zip(_splits(data), _splits(then), strict=True):
+        known = {_place(path) for path in before.paths}
+        new += [path for path in now.paths if _place(path) not in known]
+    return [f"{len(new)} images are new, {new[0]} for one"] if new else []
+
+
+def data_of_run(checkpoint: Checkpoint, data: FoodData) -> FoodData:
+    """The images that a run began with, where they are now; those that are gone keep their path,
+    so that they are named and left out."""
+    if checkpoint.state["data_fingerprint"] == fingerprint(data):
+        return data
+    then = unpack_data(checkpoint.state["packed_data"])
+    pairs = zip(_splits(then), _splits(data), strict=True)
+    train, val, test = (_where_now(before, now) for before, now in pairs)
+    return dataclasses.replace(then, train=train, val=val, test=test)
+
+
+def _where_now(before: Split, now: Split) -> Split:
+    places = {_place(path): path for path in now.paths}
+    paths = (p if Path(p).exists() else places.get(_place(p), p) for p in before.paths)
+    return Split(tuple(paths), before.labels)
+
+
+def _splits(data: FoodData) -> tuple[Split, Split, Split]:
+    return data.train, data.val, data.test
+
+
+def _place(path: str) -> tuple[str, str]:
+    """An image's class folder and name: the data folder may have moved."""
+    return Path(path).parent.name, Path(path).name
 
 
 def mark_finished(run_dir: Path, run: Run, version: int) -> None:

@@ -4,17 +4,27 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from app.ml.model import TrainedPart
 from training.config import TrainingConfig
-from training.datasets import FoodData
+from training.datasets import FoodData, Split
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says where it stands and what to do."""
 
 
 @dataclass
@@ -93,6 +103,53 @@ class WeightAverage:
 
 
 @dataclass
+class MicroBatch:
+    """How many images go through the network at once: half as many each time memory runs out."""
+
+    size: int
+
+    def parts(self, num_images: int) -> list[slice]:
+        """At least one, which is empty where there are no images."""
+        return [slice(i, i + self.size) for i in range(0, max(num_images, 1), self.size)]
+
+    def map(self, compute: Callable[[slice], Tensor], num_images: int) -> Tensor:
+        """What compute gives for each part, together: (num_images, ...)."""
+        while True:
+            try:
+                results = [compute(part) for part in self.parts(num_images)]
+                return results[0] if len(results) == 1 else torch.cat(results)
+            except RuntimeError as error:
+                self.halve(error)
+
+    def halve(self, error: RuntimeError) -> None:
+        """Answer an error that says that memory ran out; any other is raised again.
+
+        Raises:
+            TrainingError: there is no memory for a single image.
+        """
+        if not is_out_of_memory(error):
+            raise error
+        if self.size == 1:
+            raise TrainingError(
+                "there is not enough memory for a single image; close other programs, freeze more "
+                "layers (--freeze_layers) or take a smaller --model_name"
+            ) from error
+        self.size = -(-self.size // 2)
+        logger.warning(
+            "memory ran out: images now go through the network %d at a time; each step still "
+            "learns from a whole batch",
+            self.size,
+        )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's allocator has its own error; the CPU's only has its words."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+@dataclass
 class Run:
     """Everything that changes while training, which is everything a checkpoint holds."""
 
@@ -107,9 +164,11 @@ class Run:
     verdict: Verdict
     warmup_steps: int
     data_fingerprint: str
-    micro_batch_size: int
+    packed_data: Tensor
+    micro_batch: MicroBatch
     progress: Progress = field(default_factory=Progress)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)  # path -> why it could not be read
 
     @property
     def is_done(self) -> bool:
@@ -121,6 +180,8 @@ class Run:
             "name": self.name,
             "config": self.config.exact_settings(),
             "data_fingerprint": self.data_fingerprint,
+            "packed_data": self.packed_data,
+            "left_out": self.left_out,
             "epoch": self.progress.epoch,
             "batch": self.progress.batch,
             "progress": dataclasses.asdict(self.progress),
@@ -132,7 +193,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "micro_batch_size": self.micro_batch_size,
+            "micro_batch_size": self.micro_batch.size,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -148,8 +209,10 @@ class Run:
         self.best_weights = state["best_weights"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.micro_batch_size = state["micro_batch_size"]
+        if state["scaler"]:  # empty from a device that needs none
+            self.scaler.load_state_dict(state["scaler"])
+        self.micro_batch.size = state["micro_batch_size"]
+        self.left_out.update(state["left_out"])
 
 
 def plain_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,3 +231,20 @@ def fingerprint(data: FoodData) -> str:
         digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
         digest.update(split.labels.tobytes())
     return digest.hexdigest()
+
+
+def pack_data(data: FoodData) -> Tensor:
+    """The lists of images, small enough for each checkpoint: uint8 (n,)."""
+    values = dataclasses.asdict(data)
+    for part in ("train", "val", "test"):
+        values[part]["labels"] = values[part]["labels"].tolist()
+    packed = zlib.compress(json.dumps(values).encode(), level=1)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def unpack_data(packed: Tensor) -> FoodData:
+    values = json.loads(zlib.decompress(packed.numpy().tobytes()))
+    for part in ("train", "val", "test"):
+        labels = np.array(values[part]["labels"], dtype=np.int64)
+        values[part] = Split(tuple(values[part]["paths"]), labels)
+    return FoodData(**values)

@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 CLASS_MAP_NAME = "class_to_idx.json"
 CONFIG_NAME = "model_config.json"
 LOCK_NAME = ".release.lock"
+PUBLISHING = ".publishing-v"  # + N: the files of version N are being put in place
 
 
 class ArtifactError(RuntimeError):
@@ -291,7 +292,7 @@ def save_version(
         output_dir.mkdir(parents=True, exist_ok=True)
         with FileLock(output_dir / LOCK_NAME):
             remove_leftovers(output_dir)
-            version = max(list_versions(output_dir), default=0) + 1
+            version = _next_version(output_dir)
             staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".staging-"))
             try:
                 contents = _contents(version, state, centroids, onnx)
@@ -328,18 +329,22 @@ def _stage(
     make_record: Callable[[int, dict[str, str]], ModelRecord],
 ) -> ModelRecord:
     record = make_record(version, {n: hashlib.sha256(d).hexdigest() for n, d in contents.items()})
-    text = record.to_json().encode()
-    class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
-    contents |= {record_name(version): memoryview(text), CONFIG_NAME: memoryview(text)}
-    contents |= {CLASS_MAP_NAME: memoryview(class_map.encode())}
+    contents |= {record_name(version): memoryview(record.to_json().encode())}
+    contents |= _current_files(record)
     for name, data in contents.items():
         write_durably(staging / name, data)
     return record
 
 
+def _current_files(record: ModelRecord) -> dict[str, memoryview]:
+    class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
+    texts = {CLASS_MAP_NAME: class_map, CONFIG_NAME: record.to_json()}
+    return {name: memoryview(text.encode()) for name, text in texts.items()}
+
+
 def _publish(staging: Path, output_dir: Path, version: int) -> None:
-    names = (weights_name(version), onnx_name(version), centroids_name(version))
-    for name in (*names, report_folder_name(version)):
+    (output_dir / f"{PUBLISHING}{version}").touch()
+    for name in (*_file_names(version), report_folder_name(version)):
         if (staging / name).exists():
             os.replace(staging / name, output_dir / name)
     sync_folder(output_dir)
@@ -360,9 +365,37 @@ def _publish(staging: Path, output_dir: Path, version: int) -> None:
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a release left that was cut off; only under the release lock."""
-    complete = set(list_versions(output_dir))
+    """Remove what a release left that was cut off; only under the release lock.
+
+    Files of a version are removed only where a release marked it as its own: weights without a
+    record may be somebody's.
+    """
     for path in output_dir.iterdir():
-        match = re.fullmatch(r"food_model_v(\d+)(\.pth|\.onnx|\.centroids\.pth)?", path.name)
-        if path.name.startswith(".staging-") or (match and int(match[1]) not in complete):
+        if path.name.startswith((".staging-", f".{CLASS_MAP_NAME}.", f".{CONFIG_NAME}.")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for marker in output_dir.glob(f"{PUBLISHING}*"):
+        version = int(marker.name.removeprefix(PUBLISHING))
+        if version not in list_versions(output_dir):
+            for path in (output_dir / name for name in _file_names(version)):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(output_dir / report_folder_name(version), ignore_errors=True)
+        marker.unlink()
+
+
+def _file_names(version: int) -> tuple[str, str, str]:
+    return weights_name(version), onnx_name(version), centroids_name(version)
+
+
+def _next_version(output_dir: Path) -> int:
+    """One more than any file here is named after, with a record or without."""
+    found = (re.match(r"food_model_v(\d+)", path.name) for path in output_dir.iterdir())
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def make_current(output_dir: Path, record: ModelRecord) -> None:
+    """Let the current files name this version if it is the newest: the process that released it
+    may have been killed just before."""
+    with FileLock(output_dir / LOCK_NAME):
+        if record.version == list_versions(output_dir)[-1]:
+            for name, data in _current_files(record).items():
+                write_durably(output_dir / name, data)
