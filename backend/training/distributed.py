@@ -7,6 +7,7 @@ batch-norm sees the whole batch, and every count is summed over the processes.
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
@@ -96,7 +96,11 @@ def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Mod
     for norm in norms:
         setattr(norm, "forward", functools.partial(synced_batch_norm, norm))  # noqa: B010
     try:
-        yield DistributedDataParallel(module, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Its successor, forward_sync_buffers, came after the oldest torch we run on.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            shared = DistributedDataParallel(module, broadcast_buffers=False)
+        yield shared
     finally:
         for norm in norms:
             del norm.forward  # the class's own shows again
@@ -116,18 +120,33 @@ def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         return activation(eval_norm)
     values = images.float()
     count = values.new_tensor([values.numel() / values.shape[1]])
-    sums = all_reduce(torch.cat([values.sum((0, 2, 3)), count]))
+    sums = _SumOverProcesses.apply(torch.cat([values.sum((0, 2, 3)), count]))
     count = sums[-1]
     mean = sums[:-1] / count
     # Around the mean: the difference of two large sums would lose half of the digits.
-    squares = (values - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
-    variance = all_reduce(squares) / count
+    centred = values - mean.view(1, -1, 1, 1)
+    variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
     with torch.no_grad():
         assert norm.momentum is not None and norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    shift = norm.bias - mean * scale
-    result = values * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    result = centred * scale.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
     return activation(result.to(images.dtype))
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Every process gets the sum; what flows back to each is the sum of all gradients."""
+
+    @staticmethod
+    def forward(ctx, values):  # type: ignore[no-untyped-def]  # noqa: ARG004
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]  # noqa: ARG004
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
