@@ -409,8 +409,8 @@ def test_two_processes_compute_the_gradients_of_one(
         expected, got = expected.double(), two[name].double()
         # Rounding turns single ReLUs of this untrained network on or off, which moves its first
         # gradients by up to 1.4 %; test_distributed.py holds the layers themselves to 1e-4. A
-        # gradient that is nothing but rounding (a bias before a batch-norm) is left aside.
-        assert (got - expected).norm() <= 0.03 * expected.norm() + 1e-6, name
+        # value that is nothing but rounding (a bias before a batch-norm, its mean) is left aside.
+        assert (got - expected).norm() <= 0.03 * expected.norm() + 1e-5, name
 
 
 @needs_fork
