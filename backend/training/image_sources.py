@@ -14,6 +14,7 @@ import tarfile
 import tempfile
 import time
 import unicodedata
+import urllib.error
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -267,6 +268,8 @@ def _download_food101(data_dir: Path) -> Path:
             Food101(part, download=True)
             return Path(part, "food-101").rename(data_dir / "food-101")
     except DOWNLOAD_FAILURES as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the connection that brought it
         if is_new:
             with suppress(OSError):  # never made, or no longer empty
                 data_dir.rmdir()
