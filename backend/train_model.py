@@ -435,35 +435,33 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         config, data, frozen, run_dir, device, processes, run.micro_batch
     )
     train_source.loader.left_out = val_source.loader.left_out = run.left_out
-    with (
-        contextlib.closing(Keeper(run, run_dir, processes, checkpoint)) as keeper,
-        recorded(run, run_dir, checkpoint, device, processes) as ending,
-    ):
-        with contextlib.closing(train_source), contextlib.closing(val_source):
-            try:
-                fit(run, train_source, val_source, keeper, ending.record, processes)
-            except RuntimeError as error:
-                _explain_lost_process(error, processes)
-                raise
-        left_out = processes.merged(run.left_out)
-        processes.leave()
-        if not processes.is_main:
-            return None
-        keeper.stop.raise_from_now()
-        run.trained.load_state_dict(run.best_weights)
-        facts = RunFacts(
-            run_name=run.name,
-            command=command,
-            config=config,
-            history=run.progress.history,
-            best_epoch=run.verdict.best_epoch,
-            stopped_early=run.verdict.should_stop,
-            left_out=left_out,
-            num_workers=train_source.loader.num_workers,
-        )
-        released = release_model(run.model, data, facts, device)
-        mark_finished(run_dir, run, released.version)
-        ending.finish(released)
+    with contextlib.closing(Keeper(run, run_dir, processes, checkpoint)) as keeper:
+        with recorded(run, run_dir, checkpoint, device, processes) as ending:
+            with contextlib.closing(train_source), contextlib.closing(val_source):
+                try:
+                    fit(run, train_source, val_source, keeper, ending.record, processes)
+                except RuntimeError as error:
+                    _explain_lost_process(error, processes)
+                    raise
+            left_out = processes.merged(run.left_out)
+            processes.leave()
+            if not processes.is_main:
+                return None
+            keeper.stop.raise_from_now()
+            run.trained.load_state_dict(run.best_weights)
+            facts = RunFacts(
+                run_name=run.name,
+                command=command,
+                config=config,
+                history=run.progress.history,
+                best_epoch=run.verdict.best_epoch,
+                stopped_early=run.verdict.should_stop,
+                left_out=left_out,
+                num_workers=train_source.loader.num_workers,
+            )
+            released = release_model(run.model, data, facts, device)
+            ending.finish(released)
+        mark_finished(run_dir, run, released.version)  # only when the record has its end too
     return released
 
 

@@ -217,8 +217,10 @@ class Outcome:
 
 def outcome(folder: Path) -> Outcome:
     (weights,) = (folder / "models").glob("food_model_v?.pth")
-    (record,) = (folder / "runs").glob("*/metrics.jsonl")
-    events = [json.loads(line) for line in record.read_text().splitlines()]
+    # A run that is killed before its first checkpoint leaves an empty folder and begins anew.
+    (finished,) = (folder / "runs").glob("*/finished.json")
+    lines = (finished.parent / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     history = [tuple(e[name] for name in EXACT) for e in events if e["event"] == "epoch"]
     return Outcome(hashlib.sha256(weights.read_bytes()).hexdigest(), history)
 
@@ -260,8 +262,9 @@ class Bench:
         folder.mkdir(parents=True)
         argv = arguments(self.photos, folder, "--resume", "auto")
         while True:
-            kind = self.rng.choice(list(MOMENTS)) if len(killed) < kills else None
-            trap = Trap(kind, self.rng.randint(1, MOMENTS[kind])) if kind else None
+            kind = self.rng.choice(KINDS) if len(killed) < kills else None
+            # The square: a run that was resumed late has few moments left.
+            trap = Trap(kind, 1 + int(self.rng.random() ** 2 * MOMENTS[kind])) if kind else None
             process = start(argv, folder / "log.txt", trap)
             patience = self.rng.uniform(0.2, self.seconds) if kind == "any time" else None
             process.join(patience or LONGEST_SECONDS)
@@ -273,7 +276,9 @@ class Bench:
             assert kind is not None
             killed.append(kind)
             self.tallies[kind].lost_seconds.append(_since_last_save(folder, self.seconds))
-        ok = process.exitcode == 0 and outcome(folder) == self.expected
+            if any(folder.glob("runs/*/finished.json")):
+                break  # there is nothing left to resume
+        ok = process.exitcode in (0, -signal.SIGKILL) and outcome(folder) == self.expected
         for kind in killed:
             self.tallies[kind].kills += 1
             self.tallies[kind].survived += ok
@@ -288,16 +293,17 @@ class Bench:
 
 
 VERDICT = {True: "the same", False: "LOST"}
-# Moments of each kind in a process, about; one that is not reached lets the run end.
+# How many moments of each kind there are in a process, about; a run ends where one is not reached.
 MOMENTS = {
     "checkpoint": 60,
     "train": 16,
     "validate": 5,
     "epoch end": 4,
-    "record": 8,
-    "release": 40,
+    "record": 6,
+    "release": 36,
     "any time": 1,
 }
+KINDS = [*MOMENTS, "checkpoint", "checkpoint", "train", "release", "release"]
 
 
 def _since_last_save(folder: Path, at_most: float) -> float:

@@ -263,12 +263,10 @@ def test_a_second_signal_stops_at_once(
 @pytest.mark.parametrize(
     ("kind", "number", "workers"),
     [
-        ("train", 11, 0),  # a batch in the middle of epoch 2
-        ("train", 11, 2),
-        ("validate", 3, 0),
+        ("train", 6, 2),  # the second batch of epoch 2
+        ("validate", 3, 0),  # the validation after epoch 2
         ("checkpoint", 8, 0),  # half of the second one's bytes are written
         ("checkpoint", 12, 0),  # it is there, its manifest is not
-        ("epoch end", 2, 0),
     ],
 )
 def test_a_killed_run_is_the_uninterrupted_run(

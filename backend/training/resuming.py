@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,10 +200,9 @@ def _new_in(data: FoodData, then: FoodData) -> list[str]:
     if data.class_to_idx != then.class_to_idx:
         changed = sorted(data.class_to_idx.keys() ^ then.class_to_idx.keys())
         return [f"the classes are not the same ({', '.join(changed)})"]
-    new: list[str] = []
-    for now, before in zip(_splits(data), _splits(then), strict=True):
-        known = {_place(path) for path in before.paths}
-        new += [path for path in now.paths if _place(path) not in known]
+    # Of all parts together: where the data has no test part, one image less shifts the parts.
+    known = {_place(path) for split in _splits(then) for path in split.paths}
+    new = [p for split in _splits(data) for p in split.paths if _place(p) not in known]
     return [f"{len(new)} images are new, {new[0]} for one"] if new else []
 
 
@@ -212,13 +212,17 @@ def data_of_run(checkpoint: Checkpoint, data: FoodData) -> FoodData:
     if checkpoint.state["data_fingerprint"] == fingerprint(data):
         return data
     then = unpack_data(checkpoint.state["packed_data"])
+    anywhere = {_place(path): path for split in _splits(data) for path in split.paths}
+    count = Counter(_place(path) for split in _splits(then) for path in split.paths)
+    unique = {place: path for place, path in anywhere.items() if count[place] == 1}
     pairs = zip(_splits(then), _splits(data), strict=True)
-    train, val, test = (_where_now(before, now) for before, now in pairs)
+    train, val, test = (_where_now(before, now, unique) for before, now in pairs)
     return dataclasses.replace(then, train=train, val=val, test=test)
 
 
-def _where_now(before: Split, now: Split) -> Split:
-    places = {_place(path): path for path in now.paths}
+def _where_now(before: Split, now: Split, unique: dict[tuple[str, str], str]) -> Split:
+    """unique: images of any part whose class and name only one image had."""
+    places = {**unique, **{_place(path): path for path in now.paths}}
     paths = (p if Path(p).exists() else places.get(_place(p), p) for p in before.paths)
     return Split(tuple(paths), before.labels)
 

@@ -393,9 +393,10 @@ def _next_version(output_dir: Path) -> int:
 
 
 def make_current(output_dir: Path, record: ModelRecord) -> None:
-    """Let the current files name this version if it is the newest: the process that released it
-    may have been killed just before."""
+    """Finish a release that was cut off when its version was complete: tidy up, and let the current
+    files name it if it is the newest."""
     with FileLock(output_dir / LOCK_NAME):
+        remove_leftovers(output_dir)
         if record.version == list_versions(output_dir)[-1]:
             for name, data in _current_files(record).items():
                 write_durably(output_dir / name, data)

@@ -1,0 +1,572 @@
+"""What may go wrong while a run trains: full disks, vanishing images, memory, numbers, killed
+processes. The run says so, keeps what is good, goes on where it can, and no run is lost."""
+
+import errno
+import functools
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.kill_test import BACKEND, Outcome, arguments, draw_photos, outcome, start
+from tests.test_training import (
+    EPOCHS,
+    SECONDS,
+    after,
+    long_only,
+    needs_fork,
+    quick_release,
+    send,
+    train,
+)
+
+import train_model
+from app.ml import artifacts
+from app.ml.artifacts import list_versions, read_record
+from app.ml.model import TrainedPart
+from app.ml.predictor import load_model_for_inference
+from training import checkpoints, features, resuming, tracking
+from training.checkpoints import load_checkpoint
+from training.datasets import load_food_data
+from training.features import FrozenPart
+from training.release import RunFacts
+from training.run_state import MicroBatch
+
+REAL_RELEASE = train_model.release_model
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    monkeypatch.setattr(train_model, "release_model", quick_release)
+    caplog.set_level(logging.INFO)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Outcome:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_model, "release_model", quick_release)
+        torch.set_num_threads(1)
+        assert train(folder, photos) == 0
+    return outcome(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
+    """A run of one epoch that was stopped before its release; copy it, do not change it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_model, "release_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+        torch.set_num_threads(1)
+        assert train(folder, photos, "--epochs", "1") == 143
+    return folder
+
+
+def full(*_values: object, **_named: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, place: str, *numbers: int
+) -> None:
+    """No space for some of the calls whose first argument names this place."""
+    real, calls = getattr(owner, name), 0
+
+    def guarded(path: Any, *values: Any, **named: Any) -> Any:
+        nonlocal calls
+        if place in str(path):
+            calls += 1
+            if not numbers or calls in numbers:
+                full()
+        return real(path, *values, **named)
+
+    monkeypatch.setattr(owner, name, guarded)
+
+
+# A full disk, or one that may not be written --------------------------------------------------
+
+
+def test_without_room_for_a_checkpoint_the_run_goes_on_and_the_last_good_one_stays(
+    tmp_path: Path,
+    photos: Path,
+    undisturbed: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each of an epoch's file and its manifest, the second and third time."""
+    full_for(monkeypatch, checkpoints, "write_durably", "checkpoint-", 3, 5)
+    assert train(tmp_path, photos) == 0
+    assert caplog.text.count("no checkpoint could be written ([Errno 28]") == 2
+    (good,) = tmp_path.glob("runs/*/checkpoint-*.pt")
+    assert caplog.text.count(f"the last good one is {good}") == 2
+    assert load_checkpoint(good).state["epoch"] == 1
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_a_signal_is_obeyed_when_no_checkpoint_can_be_written(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    full_for(monkeypatch, checkpoints, "write_durably", "checkpoint-")
+    after(monkeypatch, train_model, "add_gradients", 1, send(signal.SIGTERM))
+    assert train(tmp_path, photos) == 143
+    assert "there is none yet" in caplog.text
+
+
+def test_without_room_for_cache_features_and_record_the_run_is_the_same(
+    tmp_path: Path,
+    photos: Path,
+    undisturbed: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    full_for(monkeypatch, Path, "write_bytes", "image_cache")
+    monkeypatch.setattr(features, "_reserve", full)
+    writes = []
+    write = tracking.RunRecord._write
+
+    def sometimes_full(record: tracking.RunRecord, path: Path, lines: bytes) -> None:
+        writes.append(path)
+        if 2 <= len(writes) <= 3:
+            full()
+        write(record, path, lines)
+
+    monkeypatch.setattr(tracking.RunRecord, "_write", sometimes_full)
+    assert train(tmp_path, photos) == 0
+    for said in ("no more images are added to the cache", "features are computed anew", "no line"):
+        assert sum(said in message for message in caplog.messages) == 1
+    assert outcome(tmp_path) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Real file systems of so many MB, if this user may mount them."""
+    mounted: list[Path] = []
+
+    def mount(megabytes: int) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"a small file system cannot be mounted here ({error})")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_stops_nothing(
+    tmp_path: Path,
+    photos: Path,
+    undisturbed: Outcome,
+    small_disk: Callable[[int], Path],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One checkpoint of 42 MB fits, two do not."""
+    (tmp_path / "runs").symlink_to(small_disk(60))
+    assert train(tmp_path, photos) == 0
+    assert caplog.text.count("no checkpoint could be written ([Errno 28]") == 2
+    (good,) = tmp_path.glob("runs/*/checkpoint-*.pt")
+    assert load_checkpoint(good).state["epoch"] == 1
+    assert not list(tmp_path.glob("runs/*/.checkpoint-*"))
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_a_model_that_cannot_be_saved_is_released_later_without_training_again(
+    tmp_path: Path,
+    photos: Path,
+    trained: Path,
+    small_disk: Callable[[int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(train_model, "release_model", REAL_RELEASE)
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    disk = small_disk(12)  # the weights fit, the rest does not
+    (tmp_path / "models").symlink_to(disk)
+    monkeypatch.setattr(train_model, "train_step", full)  # nothing trains from here on
+    again = ("--epochs", "1", "--resume", "auto")
+    assert train(tmp_path, photos, *again) == 1
+    assert "could not be saved" in caplog.text and "No space left on device" in caplog.text
+    assert "nothing needs training again" in caplog.text
+    assert {path.name for path in disk.iterdir()} == {".release.lock"}
+    subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+    assert train(tmp_path, photos, *again) == 0
+    assert read_record(disk).version == 1
+    assert train(tmp_path, photos, *again, "--dry_run") == 1  # train_step still says: full
+
+
+def test_a_folder_that_cannot_be_made_is_named(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    place = str(tmp_path / "file" / "folder")
+    assert train(tmp_path, photos, "--epochs", "1", "--checkpoint_dir", place) == 1
+    assert place in caplog.messages[-1]
+
+
+# Numbers --------------------------------------------------------------------------------------
+
+
+def test_a_rate_that_is_far_too_high_is_named(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(tmp_path, photos, "--learning_rate", "1e30", "--warmup_epochs", "0") == 1
+    said = caplog.messages[-1]
+    assert "not finite any more at epoch 1, batch 2, learning rate 1e+30" in said
+    assert "try a lower --learning_rate" in said and "none yet" in said
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient", "validation loss"])
+def test_numbers_that_stop_being_finite_stop_the_run_and_spoil_no_checkpoint(
+    what: str,
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real, calls = train_model.add_gradients, 0
+
+    def spoilt(run: Any, *values: Any) -> tuple[float, int]:
+        nonlocal calls
+        calls += 1
+        loss, correct = real(run, *values)
+        if calls == 6 and what == "loss":
+            return math.nan, correct
+        if calls == 6 and what == "gradient":
+            run.trained.linear.weight.grad[0, 0] = math.inf
+        return loss, correct
+
+    monkeypatch.setattr(train_model, "add_gradients", spoilt)
+    if what == "validation loss":
+        monkeypatch.setattr(train_model, "validate_epoch", lambda *_: (math.nan, 0.5))
+    monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0)
+    assert train(tmp_path, photos) == 1
+    newest = max(tmp_path.glob("runs/*/checkpoint-*.pt"))
+    place = "epoch 1, validation" if what == "validation loss" else "epoch 2, batch 2"
+    assert place in caplog.messages[-1] and str(newest) in caplog.messages[-1]
+    state = load_checkpoint(newest).state
+    assert all(torch.isfinite(tensor).all() for tensor in state["model"].values())
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+CPU_WORDS = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+
+
+def limit_memory(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, most: int, error: Exception
+) -> None:
+    """Let a forward pass fail, after it is done, if there are more images in it."""
+    real = getattr(owner, name)
+
+    def limited(module: Any, *values: Any) -> torch.Tensor:
+        result: torch.Tensor = real(module, *values)
+        if len(result) > most:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, limited)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(CPU_WORDS)]
+)
+def test_when_memory_runs_out_the_run_goes_on_in_smaller_parts_and_resumes_exactly(
+    error: Exception,
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As if it had begun so: batch-norm does not count what an attempt that failed had seen."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model, "MicroBatch", lambda _: MicroBatch(4))
+        assert train(tmp_path / "begun so", photos) == 0
+    limit_memory(monkeypatch, TrainedPart, "forward", 4, error)
+    with monkeypatch.context() as patch:
+        after(patch, train_model, "add_gradients", 6, send(signal.SIGTERM))
+        assert train(tmp_path / "cut", photos) == 143
+    assert train(tmp_path / "cut", photos, "--resume", "auto") == 0
+    said = [m for m in caplog.messages if "memory ran out" in m]
+    assert len(said) == 1 and "4 at a time" in said[0]
+    assert outcome(tmp_path / "cut").history == outcome(tmp_path / "begun so").history
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "begun so")
+
+
+def test_when_one_image_is_too_much_it_says_what_to_change(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit_memory(monkeypatch, FrozenPart, "_features", 0, RuntimeError(CPU_WORDS))
+    assert train(tmp_path, photos) == 1
+    assert sum("memory ran out" in message for message in caplog.messages) == 3  # 4, 2, 1
+    assert "--freeze_layers" in caplog.messages[-1] and "--model_name" in caplog.messages[-1]
+
+
+# Images ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["corrupt", "gone"])
+def test_an_image_that_breaks_while_it_trains_is_left_out_and_named(
+    fault: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And the run that was cut afterwards is the one that was not."""
+    left_out = []
+
+    def release(model: Any, data: Any, facts: RunFacts, device: Any) -> Any:
+        left_out.append({Path(path).name for path in facts.left_out})
+        return quick_release(model, data, facts, device)
+
+    def spoil() -> None:
+        path.write_bytes(b"no image") if fault == "corrupt" else path.unlink()
+
+    monkeypatch.setattr(train_model, "release_model", release)
+    for name, cuts in {"whole": (), "cut": (6, 2)}.items():
+        photos = draw_photos(tmp_path / name / "photos")
+        path = Path(load_food_data(photos).train.paths[20])
+        with monkeypatch.context() as patch:
+            after(patch, train_model, "add_gradients", 4, spoil)
+            for cut in cuts:
+                after(patch, train_model, "add_gradients", cut, send(signal.SIGTERM))
+                assert train(tmp_path / name, photos, "--resume", "auto") == 143
+            assert train(tmp_path / name, photos, "--resume", "auto") == 0
+    assert left_out == [{path.name}, {path.name}]
+    assert f"left out {path}" in caplog.text
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_when_all_images_are_gone_it_says_so(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = draw_photos(tmp_path / "photos")
+    data = load_food_data(photos)
+    gone = data.train.paths if part == "training" else data.val.paths
+
+    def remove(*_: object) -> None:
+        for path in gone:
+            os.remove(path)
+
+    after(monkeypatch, train_model, "find_checkpoint", 1, remove)
+    assert train(tmp_path, photos) == 1
+    assert f"not one {part} image could be read" in caplog.messages[-1]
+
+
+def test_when_all_test_images_are_gone_nothing_is_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run keeps its own list: no image that it has trained on takes their place."""
+    photos = draw_photos(tmp_path / "photos")
+    one = ("--epochs", "1", "--resume", "auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model, "release_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert train(tmp_path, photos, *one) == 143
+    for path in load_food_data(photos).test.paths:
+        os.remove(path)
+    monkeypatch.setattr(train_model, "release_model", REAL_RELEASE)
+    assert train(tmp_path, photos, *one) == 1
+    assert "not one of 9 images can be read" in caplog.messages[-1]
+    assert list_versions(tmp_path / "models") == []
+
+
+# Processes ------------------------------------------------------------------------------------
+
+
+def test_a_killed_image_reader_ends_the_run_with_a_reason(
+    tmp_path: Path,
+    photos: Path,
+    undisturbed: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def kill_readers() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with monkeypatch.context() as patch:
+        after(patch, train_model, "add_gradients", 6, kill_readers)
+        assert train(tmp_path, photos, "--num_workers", "1") == 1
+    assert "a process that reads images died" in caplog.messages[-1]
+    assert train(tmp_path, photos, "--resume", "auto") == 0
+    assert outcome(tmp_path) == undisturbed
+
+
+def test_ctrl_c_before_the_training_is_no_traceback(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    after(monkeypatch, train_model, "load_food_data", 1, send(signal.SIGINT))
+    assert train(tmp_path, photos) == 130
+    assert "before there was anything to save" in caplog.messages[-1]
+
+
+def die_before(name: str) -> None:
+    """Kill this process when a file is about to be moved to its place under this name."""
+    replace = os.replace
+
+    def deadly(source: Any, target: Any) -> None:
+        if Path(target).name == name and not Path(target).parent.name.startswith(".staging-"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    artifacts.os.replace = deadly  # type: ignore[assignment]
+
+
+@needs_fork
+@pytest.mark.parametrize(
+    "name", ["food_model_v2.json", "class_to_idx.json", "model_config.json", "finished.json"]
+)
+def test_a_run_killed_while_its_model_is_published_is_released_once(
+    name: str, tmp_path: Path, photos: Path, trained: Path, model_dir: Path
+) -> None:
+    """Beside an older model, which is served until the new one is whole."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    shutil.copytree(model_dir, tmp_path / "models")
+    argv = arguments(photos, tmp_path, "--epochs", "1", "--resume", "auto")
+    log = tmp_path / "log"
+    process = start(argv, log, prepare=functools.partial(die_before, name))
+    process.join(SECONDS)
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+    current = 2 if name == "finished.json" else 1
+    if name != "model_config.json":  # then the old record stands beside the new class map
+        assert load_model_for_inference(tmp_path / "models").record.version == current
+    process = start(argv, log)
+    process.join(SECONDS)
+    assert process.exitcode == 0, log.read_text()
+    assert list_versions(tmp_path / "models") == [1, 2]
+    assert load_model_for_inference(tmp_path / "models").record.version == 2
+    leftovers = {p.name for p in (tmp_path / "models").iterdir() if p.name[0] == "."}
+    assert leftovers == {".release.lock"}
+
+
+def be_impatient() -> None:
+    resuming.ORPHAN_SECONDS = 0.1  # type: ignore[assignment]
+
+
+@needs_fork
+def test_two_runs_at_once_get_along(tmp_path: Path, photos: Path) -> None:
+    """One folder for both: two runs, two versions, one cache; neither takes up the other."""
+    argv = arguments(photos, tmp_path, "--epochs", "1", "--resume", "auto")
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    processes = [start(argv, log, prepare=be_impatient) for log in logs]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(SECONDS)
+        assert process.exitcode == 0, log.read_text()
+    assert list_versions(tmp_path / "models") == [1, 2]
+    runs = [read_record(tmp_path / "models", version).training["run"] for version in (1, 2)]
+    assert set(runs) == {path.name for path in (tmp_path / "runs").glob("mobilenet*")}
+    one, two = ((tmp_path / "models" / f"food_model_v{n}.pth").read_bytes() for n in (1, 2))
+    assert one == two
+
+
+# Commands -------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_does_the_whole_job_and_leaves_nothing(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train_model, "release_model", REAL_RELEASE)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    before = sorted(photos.rglob("*"))
+    assert train(tmp_path / "run", photos, "--dry_run") == 0
+    assert "nothing is kept" in caplog.messages[-1]
+    assert not list(tmp_path.iterdir()) and sorted(photos.rglob("*")) == before
+
+
+def test_predicting_without_a_model_says_how_to_train_one(
+    tmp_path: Path, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture = str(photos / "red" / "00.jpg")
+    assert train_model.main(["--output_dir", str(tmp_path), "--predict", picture]) == 1
+    (said,) = caplog.messages
+    assert "no trained model" in said and "train_model.py --sample" in said
+
+
+@long_only
+@pytest.mark.parametrize("model_name", ["efficientnet_b0", "resnet50", "efficientnet_lite0"])
+def test_every_backbone_is_trained_and_released(
+    model_name: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_model, "release_model", REAL_RELEASE)
+    small = ("--model_name", model_name, "--images_per_class", "5", "--epochs", "1")
+    assert train(tmp_path, photos, *small) == 0
+    assert load_model_for_inference(tmp_path / "models").record.model_name == model_name
+
+
+# torchrun -------------------------------------------------------------------------------------
+
+
+def torchrun(folder: Path, photos: Path, *options: str) -> "subprocess.Popen[str]":
+    argv = arguments(photos, folder, *EPOCHS, "--resume", "auto", "--precision", "fp32")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder.mkdir(exist_ok=True)
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(
+            [*command, str(BACKEND / "train_model.py"), *argv],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            text=True,
+        )
+
+
+def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[str]", log: Path) -> None:
+    for _ in range(10 * SECONDS):
+        if happened():
+            return
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
+def trainers(process: "subprocess.Popen[str]") -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children]
+
+
+@long_only
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
+def test_torchrun_is_stopped_killed_and_goes_on_by_itself(tmp_path: Path, photos: Path) -> None:
+    """SIGTERM to torchrun leaves a checkpoint; a killed worker restarts all and loses nothing."""
+    folder, log = tmp_path / "two", tmp_path / "two" / "log"
+    process = torchrun(folder, photos)
+    wait_for(lambda: bool(list(folder.glob("runs/*/checkpoint-000001.json"))), process, log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) != 0
+    assert "stopped by SIGTERM" in log.read_text()
+    saved = len(list(folder.glob("runs/*/checkpoint-*.json")))
+    process = torchrun(folder, photos, "--max-restarts=1")
+    wait_for(lambda: "resumed after epoch" in log.read_text(), process, log)
+    os.kill(trainers(process)[1], signal.SIGKILL)
+    assert process.wait(SECONDS) == 0, log.read_text()
+    assert log.read_text().count("resumed after epoch") == 2 and saved >= 1
+    assert list_versions(folder / "models") == [1]
+    alone = tmp_path / "one"
+    assert train(alone, photos, "--precision", "fp32") == 0
+    one, two = (torch.tensor(outcome(place).history) for place in (alone, folder))
+    torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-4)
