@@ -24,12 +24,11 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -46,7 +45,6 @@ from app.ml.model import (
     backbone,
     build_model,
     describe_split,
-    dropout_mask,
     load_pretrained,
     split_model,
 )
@@ -65,7 +63,7 @@ from training.datasets import DataError, FoodData, load_food_data
 from training.depthwise import float32_gradients
 from training.devices import choose_device, choose_dtype
 from training.distributed import Processes, join_processes, shared_gradients
-from training.features import FeatureBatch, FeatureSource, feature_sources
+from training.features import FeatureSource, feature_sources
 from training.recording import recorded
 from training.release import RunFacts, release_model
 from training.resuming import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
@@ -76,11 +74,11 @@ from training.run_state import (
     Verdict,
     WeightAverage,
     fingerprint,
-    is_out_of_memory,
     pack_data,
     plain_copy,
 )
 from training.sample_food import draw_sample
+from training.step import autocast, train_step
 from training.tracking import RunRecord
 
 SYNC_SECONDS = 120
@@ -153,7 +151,7 @@ def train_epoch(
     processes: Processes,
 ) -> tuple[float, float]:
     """The rest of the current epoch; returns loss and accuracy over all its images so far."""
-    progress, device = run.progress, source.frozen.device
+    progress = run.progress
     run.trained.train()
     seed, began = run.config.seed, time.perf_counter()
     for _ in source.prepare(progress.epoch, shuffle_seed=seed):
@@ -161,7 +159,7 @@ def train_epoch(
     batches = source.batches(progress.epoch, progress.batch, shuffle_seed=seed)
     with _progress_bar(source, run, "train", processes) as bar:
         for batch in batches:
-            loss_sum, correct = train_step(run, step_module, batch, device, processes)
+            loss_sum, correct = train_step(run, step_module, batch, processes)
             loss_sum, hits, count = processes.sum(loss_sum, correct, len(batch.labels))
             _check_finite(loss_sum, f"batch {progress.batch + 1}", run, keeper)
             now = time.perf_counter()
@@ -176,104 +174,6 @@ def train_epoch(
     if not progress.count:
         raise TrainingError("not one training image could be read; the log names them")
     return progress.loss_sum / progress.count, progress.correct / progress.count
-
-
-def train_step(
-    run: Run,
-    step_module: nn.Module,
-    batch: FeatureBatch,
-    device: torch.device,
-    processes: Processes,
-) -> tuple[float, int]:
-    """One update from one batch; returns the summed loss and the correct answers of our share."""
-    total = processes.sum(len(batch.labels))[0]
-    if not total:
-        return 0.0, 0
-    buffers = [buffer.clone() for buffer in run.trained.buffers()]
-    while True:
-        run.optimizer.zero_grad(set_to_none=True)
-        try:
-            loss_sum, correct = add_gradients(run, step_module, batch, device, processes, total)
-            break
-        except RuntimeError as error:
-            if processes.world_size > 1 and is_out_of_memory(error):
-                raise TrainingError(
-                    f"memory ran out; lower --batch_size (now {run.config.batch_size})"
-                ) from error
-            run.micro_batch.halve(error)
-        for buffer, before in zip(run.trained.buffers(), buffers, strict=True):
-            buffer.copy_(before)  # batch-norm has seen images that will come again
-    run.scaler.unscale_(run.optimizer)
-    length = nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
-    # In fp16 some gradients are not finite: the scaler passes those steps over by itself.
-    if not (run.scaler.is_enabled() or math.isfinite(length)):
-        loss_sum = math.nan
-    if math.isfinite(loss_sum):
-        with warmed_up_rate(run):
-            run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.average.update()
-    return loss_sum, correct
-
-
-def add_gradients(
-    run: Run,
-    step_module: nn.Module,
-    batch: FeatureBatch,
-    device: torch.device,
-    processes: Processes,
-    total: float,
-) -> tuple[float, int]:
-    """The gradients of the mean loss over the `total` images of all processes' shares, one
-    micro-batch after the other; returns what `train_step` does."""
-    labels, masks = batch.labels.to(device), _dropout_masks(run, batch).to(device)
-    loss_sum, correct = 0.0, 0
-    parts = run.micro_batch.parts(len(labels))
-    # Each process computes as often as the others, which wait for it in every batch-norm.
-    empty = slice(len(labels), len(labels))
-    parts += [empty] * (int(processes.highest(len(parts))) - len(parts))
-    for part in parts:
-        with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
-            logits = step_module(batch.features[part], masks[part])
-        loss = nn.functional.cross_entropy(
-            logits.float(),
-            labels[part],
-            reduction="sum",
-            label_smoothing=run.config.label_smoothing,
-        )
-        # DDP averages over the processes; the mean is meant to be over the images of all of them.
-        run.scaler.scale(loss * (processes.world_size / total)).backward()
-        loss_sum += loss.item()
-        correct += int((logits.argmax(dim=1) == labels[part]).sum())
-    return loss_sum, correct
-
-
-@contextlib.contextmanager
-def warmed_up_rate(run: Run) -> Iterator[None]:
-    """Inside, the rates are what they have grown to; they reach their values with the warm-up."""
-    grown = min(1.0, (run.average.updates + 1) / max(run.warmup_steps, 1))
-    rates = [group["lr"] for group in run.optimizer.param_groups]
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate * grown
-    yield
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def _dropout_masks(run: Run, batch: FeatureBatch) -> Tensor:
-    """This batch's masks, drawn for the whole batch from (seed, epoch, batch): (N, features)."""
-    key = np.random.SeedSequence((run.config.seed, run.progress.epoch, run.progress.batch))
-    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
-    features = run.trained.linear.in_features
-    return dropout_mask(run.config.batch_size, features, generator)[batch.rows]
-
-
-def _autocast_dtype(batch: FeatureBatch) -> torch.dtype:
-    return batch.features.dtype if _is_low(batch) else torch.bfloat16
-
-
-def _is_low(batch: FeatureBatch) -> bool:
-    return batch.features.dtype != torch.float32
 
 
 def _check_finite(loss: float, step: str, run: Run, keeper: Keeper) -> None:
@@ -298,7 +198,7 @@ def validate_epoch(
     with _progress_bar(source, run, "validate", processes) as bar:
         for batch in source.batches(0):
             labels = batch.labels.to(device)
-            with torch.autocast(device.type, _autocast_dtype(batch), enabled=_is_low(batch)):
+            with autocast(batch.features):
                 logits = _logits(run, module, batch.features)
             loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
             correct += int((logits.argmax(dim=1) == labels).sum())

@@ -119,6 +119,7 @@ def kind_of(file: object) -> str:
 def set_trap(trap: Trap) -> None:
     """Let the moments of this process pass through the trap."""
     import train_model
+    from training import step
     from training.features import FeatureStore
 
     real = {name: getattr(os, name) for name in ("replace", "fsync", "unlink", "fdopen")}
@@ -141,7 +142,7 @@ def set_trap(trap: Trap) -> None:
 
     os.replace, os.fsync, os.unlink, os.fdopen = replace, fsync, unlink, fdopen  # type: ignore[assignment]
     for owner, name, kind in [
-        (train_model, "add_gradients", "train"),
+        (step, "add_gradients", "train"),
         (train_model, "_logits", "validate"),
         (FeatureStore, "put", "validate"),
         (train_model, "log_epoch", "epoch end"),

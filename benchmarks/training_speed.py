@@ -88,7 +88,9 @@ class OurLoop:
 
     def __init__(self, config: TrainingConfig, data: FoodData, folder: Path) -> None:
         self.run, frozen = train_model.build_run(config, data, CPU)
-        self.source, _ = feature_sources(config, data, frozen, folder, CPU, Processes())
+        self.source, _ = feature_sources(
+            config, data, frozen, folder, CPU, Processes(), self.run.micro_batch
+        )
         self.keeper = Keeper(self.run, folder, Processes(), None)
 
     def epoch(self) -> int:

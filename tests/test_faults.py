@@ -35,7 +35,7 @@ from app.ml import artifacts
 from app.ml.artifacts import list_versions, read_record
 from app.ml.model import TrainedPart
 from app.ml.predictor import load_model_for_inference
-from training import checkpoints, features, resuming, tracking
+from training import checkpoints, features, resuming, step, tracking
 from training.checkpoints import load_checkpoint
 from training.datasets import load_food_data
 from training.features import FrozenPart
@@ -126,7 +126,7 @@ def test_a_signal_is_obeyed_when_no_checkpoint_can_be_written(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     full_for(monkeypatch, checkpoints, "write_durably", "checkpoint-")
-    after(monkeypatch, train_model, "add_gradients", 1, send(signal.SIGTERM))
+    after(monkeypatch, step, "add_gradients", 1, send(signal.SIGTERM))
     assert train(tmp_path, photos) == 143
     assert "there is none yet" in caplog.text
 
@@ -247,7 +247,7 @@ def test_numbers_that_stop_being_finite_stop_the_run_and_spoil_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real, calls = train_model.add_gradients, 0
+    real, calls = step.add_gradients, 0
 
     def spoilt(run: Any, *values: Any) -> tuple[float, int]:
         nonlocal calls
@@ -259,7 +259,7 @@ def test_numbers_that_stop_being_finite_stop_the_run_and_spoil_no_checkpoint(
             run.trained.linear.weight.grad[0, 0] = math.inf
         return loss, correct
 
-    monkeypatch.setattr(train_model, "add_gradients", spoilt)
+    monkeypatch.setattr(step, "add_gradients", spoilt)
     if what == "validation loss":
         monkeypatch.setattr(train_model, "validate_epoch", lambda *_: (math.nan, 0.5))
     monkeypatch.setattr(resuming, "CHECKPOINT_SECONDS", 0)
@@ -307,7 +307,7 @@ def test_when_memory_runs_out_the_run_goes_on_in_smaller_parts_and_resumes_exact
         assert train(tmp_path / "begun so", photos) == 0
     limit_memory(monkeypatch, TrainedPart, "forward", 4, error)
     with monkeypatch.context() as patch:
-        after(patch, train_model, "add_gradients", 6, send(signal.SIGTERM))
+        after(patch, step, "add_gradients", 6, send(signal.SIGTERM))
         assert train(tmp_path / "cut", photos) == 143
     assert train(tmp_path / "cut", photos, "--resume", "auto") == 0
     said = [m for m in caplog.messages if "memory ran out" in m]
@@ -350,9 +350,9 @@ def test_an_image_that_breaks_while_it_trains_is_left_out_and_named(
         photos = draw_photos(tmp_path / name / "photos")
         path = Path(load_food_data(photos).train.paths[20])
         with monkeypatch.context() as patch:
-            after(patch, train_model, "add_gradients", 4, spoil)
+            after(patch, step, "add_gradients", 4, spoil)
             for cut in cuts:
-                after(patch, train_model, "add_gradients", cut, send(signal.SIGTERM))
+                after(patch, step, "add_gradients", cut, send(signal.SIGTERM))
                 assert train(tmp_path / name, photos, "--resume", "auto") == 143
             assert train(tmp_path / name, photos, "--resume", "auto") == 0
     assert left_out == [{path.name}, {path.name}]
@@ -409,7 +409,7 @@ def test_a_killed_image_reader_ends_the_run_with_a_reason(
             process.kill()
 
     with monkeypatch.context() as patch:
-        after(patch, train_model, "add_gradients", 6, kill_readers)
+        after(patch, step, "add_gradients", 6, kill_readers)
         assert train(tmp_path, photos, "--num_workers", "1") == 1
     assert "a process that reads images died" in caplog.messages[-1]
     assert train(tmp_path, photos, "--resume", "auto") == 0

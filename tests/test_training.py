@@ -21,7 +21,7 @@ from torch import nn
 import train_model
 from app.ml.artifacts import read_record, state_bytes
 from app.ml.model import build_model
-from training import checkpoints, features, resuming
+from training import checkpoints, features, resuming, step
 from training.checkpoints import load_checkpoint
 from training.datasets import FoodData
 from training.release import RunFacts
@@ -32,7 +32,7 @@ long_only = pytest.mark.skipif(
     "NUTRILEARN_LONG_TESTS" not in os.environ,
     reason="takes a minute or more; set NUTRILEARN_LONG_TESTS=1 to run it",
 )
-ADD_GRADIENTS = train_model.add_gradients
+ADD_GRADIENTS = step.add_gradients
 SECONDS = 400  # no process here takes so long unless it hangs
 EPOCHS = ("--epochs", "3")
 
@@ -189,7 +189,7 @@ def test_a_run_that_is_stopped_twice_is_the_uninterrupted_run(
         assert expected != undisturbed
     cut = (*more, "--resume", "auto")
     with monkeypatch.context() as patch:
-        after(patch, train_model, "add_gradients", 6, send(signal.SIGTERM))
+        after(patch, step, "add_gradients", 6, send(signal.SIGTERM))
         assert train(tmp_path, photos, *cut) == 143
     assert "stopped by SIGTERM; go on with: python backend/train_model.py" in caplog.text
     with monkeypatch.context() as patch:
@@ -205,7 +205,7 @@ def test_a_run_that_is_stopped_twice_is_the_uninterrupted_run(
 @pytest.mark.parametrize(
     ("where", "owner", "name"),
     [
-        ("first batch", train_model, "add_gradients"),
+        ("first batch", step, "add_gradients"),
         ("first validation", features.FeatureStore, "put"),
         ("saving", resuming, "save_checkpoint"),
     ],
@@ -328,7 +328,7 @@ def test_another_configuration_and_damage_are_named_and_the_one_before_is_used(
     tmp_path: Path, photos: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     with monkeypatch.context() as patch:
-        after(patch, train_model, "add_gradients", 6, send(signal.SIGTERM))
+        after(patch, step, "add_gradients", 6, send(signal.SIGTERM))
         assert train(tmp_path, photos) == 143
     first, newest = sorted(tmp_path.glob("runs/*/checkpoint-*.pt"))
     newest.write_bytes(newest.read_bytes()[:-1000])
@@ -377,7 +377,7 @@ def join_as(environment: dict[str, str], gradients: Path | None = None) -> None:
     os.environ.update(environment)
     release_quickly()
     if gradients:
-        train_model.add_gradients = functools.partial(first_step, gradients)
+        step.add_gradients = functools.partial(first_step, gradients)
 
 
 def first_step(path: Path, run: Run, *values: Any) -> tuple[float, int]:
@@ -395,9 +395,7 @@ def test_two_processes_compute_the_gradients_of_one(
 ) -> None:
     """Of an odd batch, and of one of which only one process has an image."""
     same = ("--batch_size", batch_size, "--precision", "fp32")
-    monkeypatch.setattr(
-        train_model, "add_gradients", functools.partial(first_step, tmp_path / "one.pt")
-    )
+    monkeypatch.setattr(step, "add_gradients", functools.partial(first_step, tmp_path / "one.pt"))
     assert train(tmp_path, photos, *same) == 143
     argv = arguments(photos, tmp_path, *same)
     assert run_two(argv, tmp_path, gradients=tmp_path / "two") == [143, 143]
