@@ -1,4 +1,7 @@
-"""README and guide are held against the code: commands, flags, settings, messages and links."""
+"""README and guide are held against the code: commands, flags, settings, messages and links.
+
+PYTHONPATH=backend python tests/test_docs.py    every documented command, and what checks it
+"""
 
 import ast
 import re
@@ -9,13 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from app.ml import artifacts
 from app.ml.model import BACKBONES, build_model
 from app.settings import ENV_PREFIX, Settings
 from train_model import make_cli
+from training import checkpoints, sample_food
 from training.config import REPOSITORY, config_from_args
 
 README, GUIDE = REPOSITORY / "README.md", REPOSITORY / "MODEL_TRAINING_GUIDE.md"
-DOCS = [README, GUIDE, REPOSITORY / "ml-models" / "README.md"]
+DOCS = [README, GUIDE, REPOSITORY / "CHANGELOG.md", REPOSITORY / "ml-models" / "README.md"]
 QUICK_START_MODES = {"food101", "setup", "--help"}
 
 # Commands that are not training commands, and what holds them. The first match counts.
@@ -24,14 +29,20 @@ CHECKED_ELSEWHERE = {
     r"bash \.ci/run": "is what continuous integration runs",
     r"\.venv/bin/ruff (check|format --check) \.": "run by .ci/run",
     r"\.venv/bin/mypy": "run by .ci/run",
+    r"PYTHONPATH=backend python tests/test_docs\.py": "test_the_list_of_commands_is_complete",
     r"(\.venv/bin/)?mlflow (ui|server) ": "test_notebook starts the same server",
     r"(\.\./\.venv/bin/)?uvicorn app\.main:app": "test_api runs the same application",
     r"curl ": "test_api sends the same requests",
-    r"python benchmarks/": "the script is there; too slow for a test",
+    r"docker ": "not run: there is no Docker daemon here; test_container holds the files it reads",
+    r"python benchmarks/": "not run: too slow for a test; the script is there",
+    r"cd [\w-]+$": "not run: goes into a folder",
+    r"source \.venv/bin/activate|\.venv\\Scripts\\activate": "not run: changes its own shell",
 }
-NOT_RUNNABLE = {
-    r"cd [\w-]+$": "goes into a folder",
-    r"source \.venv/bin/activate|\.venv\\Scripts\\activate": "changes the shell it is given in",
+# Training commands that a test runs as they are; of all others the flags and values are parsed.
+RUN_BY = {
+    r"\./train_quick_start\.sh( (food101|setup).*)?$": "run by test_quick_start, with stand-ins; "
+    "for real by .ci/run, with --dry_run",
+    r"train_quick_start\.bat": "parsed by test_quick_start, step for step against the .sh",
 }
 
 
@@ -64,28 +75,47 @@ def training_arguments(command: str) -> list[str] | None:
     return None
 
 
+def held_by(command: str) -> str | None:
+    """What checks a command of the documents, in words; None if nothing does."""
+    arguments = training_arguments(command.replace("\\", "/"))
+    if arguments is None:
+        return next((how for p, how in CHECKED_ELSEWHERE.items() if re.match(p, command)), None)
+    config_from_args(make_cli().parse_args(arguments))
+    parsed = "its flags and values are parsed as the script does"
+    return next((how for p, how in RUN_BY.items() if re.match(p, command)), parsed)
+
+
 @pytest.mark.parametrize(("document", "command"), sorted(set(commands())))
 def test_every_command_is_checked(document: str, command: str) -> None:
-    arguments = training_arguments(command.replace("\\", "/"))
-    if arguments is not None:
-        options = make_cli().parse_args(arguments)
-        config_from_args(options)
-        return
-    held = [p for p in CHECKED_ELSEWHERE | NOT_RUNNABLE if re.match(p, command)]
-    assert held, f"{document}: nothing checks {command!r}"
+    assert held_by(command), f"{document}: nothing checks {command!r}"
     for word in shlex.split(command):
-        if word.startswith("benchmarks/"):
+        if word.startswith(("benchmarks/", "tests/")):
             assert (REPOSITORY / word).is_file()
 
 
 def test_no_check_is_left_over() -> None:
-    shown = [command for _, command in commands() if training_arguments(command) is None]
+    shown = [command for _, command in commands()]
     unused = [
         pattern
-        for pattern in CHECKED_ELSEWHERE | NOT_RUNNABLE
+        for pattern in CHECKED_ELSEWHERE | RUN_BY
         if not any(re.match(pattern, command) for command in shown)
     ]
     assert unused == []
+
+
+def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
+    list_commands()
+    listed = capsys.readouterr().out
+    assert [command for _, command in commands() if command not in listed] == []
+
+
+def list_commands() -> None:
+    """Print every documented command once, under what checks it."""
+    by_check: dict[str, dict[str, None]] = {}
+    for document, command in commands():
+        by_check.setdefault(f"{held_by(command)}", {})[f"  {command}  ({document})"] = None
+    for how, shown in by_check.items():
+        print(f"{how}:", *shown, sep="\n")  # noqa: T201
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -213,3 +243,14 @@ def test_files_that_are_named_exist() -> None:
         ):
             if name.startswith(roots):
                 assert (REPOSITORY / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_newest_change_is_dated_and_states_the_formats() -> None:
+    text = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)$", text, re.M)
+    formats = f"model record {artifacts.FORMAT_VERSION}, checkpoint {checkpoints.FORMAT_VERSION}"
+    assert f"File formats: {formats}, drawn sample {sample_food.FORMAT}." in text
+
+
+if __name__ == "__main__":
+    list_commands()

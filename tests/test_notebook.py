@@ -1,4 +1,4 @@
-"""The notebook, executed whole: on drawn plates, with stand-ins for Colab's own modules.
+"""The notebook, executed whole: on a few drawn plates, with stand-ins for Colab's own modules.
 
 The project arrives as the zip that a person would upload, and `MyDrive` is a folder. After the last
 cell the disk is lost, as after a disconnect, and the set-up and training cells run again.
@@ -18,10 +18,10 @@ import nbclient
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from PIL import Image
 
 from app.ml.model import BACKBONES
 from training.config import TrainingConfig
+from training.sample_food import draw_sample
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "NutriLearn_Training_Colab.ipynb"
@@ -49,7 +49,7 @@ STOP_MLFLOW = "mlflow_server.terminate(), mlflow_server.wait(30)"
 def tiny_settings(folder: Path) -> dict[str, object]:
     return {
         "DRIVE_FOLDER": str(folder / "MyDrive" / "NutriLearn"),
-        "SAMPLE": True,
+        "DATA_DIR": str(folder / "plates"),
         "CLASSES": "pizza,paella",
         "IMAGES_PER_CLASS": 6,
         "MODEL": "efficientnet_lite0",
@@ -107,7 +107,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in COLAB.items():
         (folder / "modules" / "google" / "colab" / name).write_text(text)
     zip_project(folder / "uploads" / "1-project")
-    Image.new("RGB", (300, 200), "#c43022").save(folder / "uploads" / "2 lunch.jpg")
+    plates = draw_sample(folder / "plates", images_per_class=7, test_per_class=2)
+    shutil.copy(plates / "images" / "pizza" / "1006.jpg", folder / "uploads" / "2 lunch.jpg")
     return folder
 
 

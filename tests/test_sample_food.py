@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision.datasets import Food101
 
 from training import sample_food
-from training.sample_food import DISHES, SAMPLE_CLASSES, draw_dish, draw_sample
+from training.dishes import DISHES, SAMPLE_CLASSES, Piece, draw_dish
+from training.sample_food import draw_sample
 
 COUNTS = {"images_per_class": 3, "test_per_class": 1}
 
@@ -92,20 +93,24 @@ def test_a_picture_depends_on_seed_class_and_index_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("view", [view for views in DISHES.values() for view in views])
-def test_every_view_of_a_dish_draws_something(
-    view: sample_food.Piece, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_view_of_a_dish_draws_something(view: Piece, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DISHES, "pizza", (view,))
     picture, _ = draw_dish("pizza", 3, 0)
     assert len(picture.getcolors(512 * 512) or ()) > 1000
 
 
-def test_worker_processes_draw_the_same_bytes(
+def test_several_processes_draw_the_same_bytes(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_food, "POOL_FROM", 1)
+    monkeypatch.setattr(sample_food, "SHARE_FROM", 1)
     monkeypatch.setattr(sample_food.os, "cpu_count", lambda: 2)
     assert contents(draw_sample(tmp_path, seed=7, **COUNTS)) == contents(drawn)
+
+
+def test_a_process_that_cannot_draw_says_why_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "missing"
+    with pytest.raises(OSError, match=r"^the sample could not be drawn into .*: FileNotFoundError"):
+        sample_food._draw_in_shares(folder, seed=7, images_per_class=3, workers=2)
 
 
 def test_a_complete_set_is_used_again(tmp_path: Path, quick: list[tuple[str, int, int]]) -> None:

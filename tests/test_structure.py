@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +67,9 @@ def test_there_is_something_to_check() -> None:
         ("app.settings", set()),
         ("app.schemas", {"app.nutrition"}),
         ("app.nutrition", set()),
-        ("training.sample_food", set()),
+        ("training.canvas", set()),
+        ("training.dishes", {"training.canvas"}),
+        ("training.sample_food", {"training.dishes"}),
         ("training.evaluation", set()),
         ("training.devices", set()),
         ("training.distributed", set()),
@@ -141,21 +144,11 @@ def in_fresh_process(code: str, cwd: Path) -> str:
 
 # tqdm is not here as PyTorch itself imports it.
 NOT_AT_IMPORT = {"mlflow", "matplotlib", "seaborn", "sklearn", "training", "timm", "onnxruntime"}
-
-
-@pytest.mark.parametrize(
-    ("name", "absent"),
-    [
-        ("app.main", NOT_AT_IMPORT),
-        ("app.ml.predictor", NOT_AT_IMPORT | {"fastapi", "pydantic", "app.settings"}),
-    ],
-)
-def test_serving_pulls_in_what_it_needs(name: str, absent: set[str], tmp_path: Path) -> None:
-    code = f"import {name}; print(*({absent!r} & sys.modules.keys()))"
-    assert in_fresh_process(code, tmp_path).strip() == ""
-    assert not list(tmp_path.iterdir())
-
-
+# Imported first and in this order, each with what is not there yet once it is.
+ABSENT = {
+    "app.ml.predictor": NOT_AT_IMPORT | {"fastapi", "pydantic", "app.settings"},
+    "app.main": NOT_AT_IMPORT,
+}
 IMPORT_ALL = """
 import importlib, json, logging, signal, threading, warnings
 import numpy as np, torch
@@ -173,17 +166,40 @@ def state():
         "dtype": str(torch.get_default_dtype()),
     }
 np.random.seed(1); torch.manual_seed(1)
-before = state()
+before, present = state(), {}
 for name in NAMES:
     importlib.import_module(name)
-print(json.dumps([before, state()]))
+    present[name] = sorted(sys.modules)
+print(json.dumps([before, state(), present]))
 """
 
 
-def test_importing_any_module_does_nothing(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[str, list[str]]]:
+    """The state of a fresh process before and after all imports; what each one had brought in."""
+    folder = tmp_path_factory.mktemp("empty")
+    rest = sorted(MODULES.keys() - ABSENT.keys() - {"training.mlflow_mirror"})  # imports mlflow
+    before, after, present = json.loads(
+        in_fresh_process(IMPORT_ALL.replace("NAMES", repr([*ABSENT, *rest])), folder)
+    )
+    assert not list(folder.iterdir())
+    return before, after, present
+
+
+def test_importing_any_module_does_nothing(imported: tuple[Any, Any, object]) -> None:
     """No file, no log set-up, no thread, no signal, no randomness, no GPU."""
-    names = [name for name in MODULES if name != "training.mlflow_mirror"]  # imports mlflow
-    code = IMPORT_ALL.replace("NAMES", repr(sorted(names)))
-    before, after = json.loads(in_fresh_process(code, tmp_path))
+    before, after, _ = imported
     assert after == before
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_serving_pulls_in_what_it_needs(
+    name: str, imported: tuple[object, object, dict[str, list[str]]]
+) -> None:
+    assert ABSENT[name].isdisjoint(imported[2][name])
+
+
+def test_drawing_needs_no_pytorch(tmp_path: Path) -> None:
+    """Several processes import it, each to draw its share in a few seconds."""
+    code = "import training.sample_food; print('torch' in sys.modules)"
+    assert in_fresh_process(code, tmp_path).strip() == "False"
