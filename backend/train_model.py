@@ -7,7 +7,9 @@
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2 --resume auto
         the same command goes on where it was cut off, to the same weights
     python backend/train_model.py --predict lunch.jpg
-        what the newest model sees
+        what the newest model sees; for a folder, a table in predictions.csv
+    python backend/train_model.py --compare v1 v2
+        two versions on the same test images
 
 The model goes to ml-models/ (food_model_vN.pth, class_to_idx.json, model_config.json and a report),
 what resuming needs to checkpoints/, and the history to metrics.jsonl there and to MLflow
@@ -84,11 +86,6 @@ from training.tracking import RunRecord
 SYNC_SECONDS = 120
 SLOW_DATA_SHARE = 0.10  # above this share of waiting for images, the epoch line says what helps
 
-VERDICT_WORDS = {
-    "confident": "confident",
-    "unsure": "not sure",
-    "not_food": "this does not look like a dish the model knows",
-}
 KNOWN_ERRORS = (DataError, WeightsError, CheckpointError, ArtifactError, ImageError)
 
 logger = logging.getLogger("nutrilearn")
@@ -152,7 +149,7 @@ def train_epoch(
 ) -> tuple[float, float]:
     """The rest of the current epoch; returns loss and accuracy over all its images so far."""
     progress = run.progress
-    run.trained.train()
+    run.train_mode()
     seed, began = run.config.seed, time.perf_counter()
     for _ in source.prepare(progress.epoch, shuffle_seed=seed):
         keeper.check()
@@ -442,20 +439,27 @@ def dry_run(config: TrainingConfig, command: str) -> None:
         logger.info("dry run: data, training, test, release and reload all work; nothing is kept")
 
 
-def predict(images: list[str], config: TrainingConfig, top_k: int, version: int | None) -> None:
-    """Print what a released model sees on each picture, as a person would want to read it."""
-    model = load_model_for_inference(config.output_dir, version)
-    top_k = min(top_k, len(model.classes))
-    for image in images:
-        try:
-            prediction = model.predict(image, top_k)
-        except ImageError as error:
-            raise ImageError(f"{image}: {error}") from error
-        print(image)  # noqa: T201
-        for name, probability in prediction.top:
-            bar = "#" * round(probability * 30)
-            print(f"  {name.replace('_', ' '):<28}{probability:7.1%}  {bar}")  # noqa: T201
-        print(f"  {VERDICT_WORDS[prediction.verdict]}")  # noqa: T201
+def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
+    """Say what a released model sees on pictures; the exit code."""
+    from training.predicting import predict_paths
+
+    device = choose_device(config.device, 0)
+    return predict_paths(
+        load_model_for_inference(config.output_dir, options.model_version, device),
+        options.predict,
+        top_k=options.top_k,
+        csv_path=options.predictions,
+        device=device,
+        num_workers=config.num_workers,
+    )
+
+
+def compare(versions: Sequence[int], config: TrainingConfig) -> None:
+    """Print and draw how two released versions differ on the images both were tested on."""
+    from training.comparing import compare_versions
+
+    page = compare_versions(config.output_dir, *versions)
+    logger.info("comparison %s", page)
 
 
 def sync_command(run_dir: Path) -> int:
@@ -472,16 +476,40 @@ def make_cli() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     using = parser.add_argument_group("using it")
     using.add_argument(
-        "--predict", nargs="+", metavar="IMAGE", help="say what is on these pictures"
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help="say what is on these pictures, or on all pictures in these folders",
+    )
+    using.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="CSV",
+        help="write the answers to this file (default: predictions.csv; for folders)",
     )
     using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
     using.add_argument(
         *flag_names("model_version"), type=int, help="the version to use (default: the newest)"
     )
     using.add_argument(
+        "--compare",
+        nargs=2,
+        type=version_number,
+        metavar="VERSION",
+        help="how the second version differs from the first on the images both were tested on",
+    )
+    using.add_argument(
         *flag_names("sync_mlflow"), metavar="RUN_DIR", help="bring MLflow level with a run's record"
     )
     return parser
+
+
+def version_number(text: str) -> int:
+    """The N of "N" or "vN"."""
+    digits = text.removeprefix("v")
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: must be a version, such as 3 or v3")
+    return int(digits)
 
 
 def resume_command(arguments: list[str]) -> str:
@@ -499,6 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_cli()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache
     command = without_password(shlex.join(["python", "backend/train_model.py", *arguments]))
     try:
         config = config_from_args(options)
@@ -507,7 +536,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.sync_mlflow:
             return sync_command(Path(options.sync_mlflow))
         if options.predict:
-            predict(options.predict, config, options.top_k, options.model_version)
+            return predict(options, config)
+        if options.compare:
+            compare(options.compare, config)
         elif config.dry_run:
             dry_run(config, command)
         elif released := train(config, command):

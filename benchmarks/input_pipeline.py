@@ -56,7 +56,9 @@ def main() -> None:
         return len(paths)
 
     with tempfile.TemporaryDirectory() as folder:
-        images = TrainImages(tuple(paths), ImageCache(Path(folder)), seed=0, crop=recipe.crop)
+        images = TrainImages(
+            tuple(paths), ImageCache(Path(folder)), seed=0, crop=recipe.crop, smallest_crop=0.08
+        )
 
         def ours() -> int:
             for start in range(0, len(paths), BATCH):

@@ -10,8 +10,10 @@ one epoch over --images images.
 """
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import alternating
 import numpy as np
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import train_model
-from app.ml.model import backbone, build_model, load_pretrained
+from app.ml.model import backbone, build_model, load_pretrained, split_model
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
 from training.depthwise import float32_gradients
@@ -84,24 +86,35 @@ class PlainLoop:
 
 
 class OurLoop:
-    """train_model's own epoch, fed by its own sources."""
+    """train_model's own epoch, fed by its own sources; one call is one epoch."""
 
-    def __init__(self, config: TrainingConfig, data: FoodData, folder: Path) -> None:
+    def __init__(
+        self, config: TrainingConfig, data: FoodData, folder: Path, *, validates: bool = False
+    ) -> None:
         self.run, frozen = train_model.build_run(config, data, CPU)
-        self.source, _ = feature_sources(
+        self.source, self.val = feature_sources(
             config, data, frozen, folder, CPU, Processes(), self.run.micro_batch
         )
         self.keeper = Keeper(self.run, folder, Processes(), None)
+        self.validates = validates
 
     def epoch(self) -> int:
-        frozen = self.source.frozen
-        with float32_gradients(self.run.trained, CPU, frozen.dtype):
-            train_model.train_epoch(
-                self.run, self.run.trained, self.source, self.keeper, Processes()
-            )
-        count = self.run.progress.count
-        self.run.progress.finish_epoch({})
+        run = self.run
+        with float32_gradients(run.trained, CPU, self.source.frozen.dtype):
+            train_model.train_epoch(run, run.trained, self.source, self.keeper, Processes())
+        count = run.progress.count
+        if self.validates:
+            train_model.validate_epoch(run, self.val, self.keeper, Processes())
+        run.progress.finish_epoch({})
         return count
+
+    def averaged(self) -> nn.Module:
+        """The network with the weights that would be released."""
+        model = copy.deepcopy(self.run.model)
+        config = self.run.config
+        trained = split_model(model, config.model_name, int(config.freeze_layers))[1]
+        trained.load_state_dict(self.run.average.module.state_dict())
+        return model
 
 
 def shorten(data: FoodData, images: int) -> FoodData:
@@ -111,11 +124,25 @@ def shorten(data: FoodData, images: int) -> FoodData:
     return FoodData(data.class_to_idx, train, data.val, data.test, data.notes, data.audit)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_dir", type=Path)
     parser.add_argument("--weights", default="none")
     parser.add_argument("--model_name", default="mobilenet_v2")
+
+
+def config_from(options: argparse.Namespace, folder: Path, **settings: Any) -> TrainingConfig:
+    place = {"data_dir": options.data_dir} if options.data_dir else {"sample": True}
+    return TrainingConfig(
+        model_name=options.model_name,
+        weights=options.weights,
+        checkpoint_dir=folder,
+        **{**place, **settings},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_data_flags(parser)
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -123,16 +150,7 @@ def main() -> None:
     print(f"{'images/s of a training epoch':<44} {'plain':>9} {'ours':>9}")
     with tempfile.TemporaryDirectory() as folder:
         for views in (0, 1):
-            settings = {"sample": options.data_dir is None}
-            if options.data_dir:
-                settings["data_dir"] = options.data_dir
-            config = TrainingConfig(
-                model_name=options.model_name,
-                weights=options.weights,
-                cache_views=views,
-                checkpoint_dir=Path(folder),
-                **settings,
-            )
+            config = config_from(options, Path(folder), cache_views=views)
             data = shorten(train_model.load_data(config), options.images)
             ours = OurLoop(config, data, Path(folder) / f"views-{views}")
             plain = PlainLoop(config, data)

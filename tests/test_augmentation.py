@@ -12,7 +12,6 @@ from torch import Tensor
 from app.ml.model import BACKBONES
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.augmentation import (
-    CROP_AREA,
     CROP_RATIO,
     Augmentation,
     color_jitter,
@@ -44,16 +43,24 @@ def to_unit(images: Tensor, config: PreprocessConfig) -> Tensor:
     key=st.tuples(st.integers(0, 2**31), st.integers(0, 500), st.integers(0, 10**6)),
     config=st.sampled_from(CONFIGS),
     fill=st.sampled_from([None, 0, 255]),
+    smallest=st.floats(0.01, 1),
 )
-@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None)
-@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255)
+@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None, smallest=0.08)
+@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255, smallest=1.0)
 def test_property_2_augmentation_keeps_shape_and_pixel_range(
-    height: int, width: int, key: tuple[int, int, int], config: PreprocessConfig, fill: int | None
+    height: int,
+    width: int,
+    key: tuple[int, int, int],
+    config: PreprocessConfig,
+    fill: int | None,
+    smallest: float,
 ) -> None:
     image = pixels(height, width, key[2])
     if fill is not None:
         image.fill_(fill)
-    augmentation = draw_augmentation(height, width, seed=key[0], view=key[1], index=key[2])
+    augmentation = draw_augmentation(
+        height, width, seed=key[0], view=key[1], index=key[2], smallest_crop=smallest
+    )
     cropped = crop_and_flip(image, augmentation, 224)
     assert (cropped.dtype, cropped.shape) == (torch.uint8, (3, 224, 224))
     batch = color_jitter(cropped.unsqueeze(0), torch.tensor([augmentation.color]), config)
@@ -71,11 +78,11 @@ def test_the_strongest_colours_stay_in_range_too(draws: list[float], seed: int) 
 
 
 @at_least_100
-@given(height=SIDES, width=SIDES, index=st.integers(0, 10**6))
+@given(height=SIDES, width=SIDES, index=st.integers(0, 10**6), smallest=st.floats(0.01, 0.6))
 def test_the_crop_lies_inside_and_is_as_large_and_wide_as_allowed(
-    height: int, width: int, index: int
+    height: int, width: int, index: int, smallest: float
 ) -> None:
-    box = draw_augmentation(height, width, seed=1, view=2, index=index)
+    box = draw_augmentation(height, width, seed=1, view=2, index=index, smallest_crop=smallest)
     assert 0 <= box.top <= box.top + box.height <= height
     assert 0 <= box.left <= box.left + box.width <= width
     assert box.height > 0 and box.width > 0
@@ -83,7 +90,7 @@ def test_the_crop_lies_inside_and_is_as_large_and_wide_as_allowed(
     least, most = ((box.width + d) / max(box.height - d, 0.5) for d in (-0.5, 0.5))
     assert most >= CROP_RATIO[0] and least <= CROP_RATIO[1]
     if min(height, width) > 50 and 0.5 < height / width < 2:
-        assert box.height * box.width >= 0.95 * CROP_AREA[0] * height * width
+        assert box.height * box.width >= 0.95 * smallest * height * width
     assert all(-1 <= draw <= 1 for draw in box.color)
 
 
@@ -91,7 +98,7 @@ def test_the_crop_lies_inside_and_is_as_large_and_wide_as_allowed(
 @given(st.integers(0, 2**40), st.integers(0, 500), st.integers(0, 10**6))
 def test_the_draw_follows_from_seed_view_and_image(seed: int, view: int, index: int) -> None:
     def draw(seed: int, view: int, index: int) -> Augmentation:
-        return draw_augmentation(300, 256, seed=seed, view=view, index=index)
+        return draw_augmentation(300, 256, seed=seed, view=view, index=index, smallest_crop=0.25)
 
     first = draw(seed, view, index)
     torch.manual_seed(view)
@@ -103,7 +110,10 @@ def test_the_draw_follows_from_seed_view_and_image(seed: int, view: int, index: 
 
 
 def test_half_of_the_images_are_flipped_and_the_crops_reach_everywhere() -> None:
-    draws = [draw_augmentation(256, 340, seed=0, view=0, index=i) for i in range(2000)]
+    draws = [
+        draw_augmentation(256, 340, seed=0, view=0, index=i, smallest_crop=0.08)
+        for i in range(2000)
+    ]
     assert np.mean([draw.flip for draw in draws]) == pytest.approx(0.5, abs=0.04)
     shares = [draw.height * draw.width / (256 * 340) for draw in draws]
     assert min(shares) < 0.1 and max(shares) > 0.9

@@ -1,5 +1,6 @@
 """Checkpoints: what is restored is what was saved, and no damage is ever loaded or deleted."""
 
+import contextlib
 import copy
 import dataclasses
 import errno
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from tests.test_run_state import make_run, same, tiny_data, train_steps
 
 from app.ml import artifacts
-from training import checkpoints
+from training import checkpoints, run_state
 from training import resuming as resuming_module
 from training.checkpoints import (
     CheckpointError,
@@ -31,7 +32,8 @@ from training.checkpoints import (
 )
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
-from training.resuming import data_of_run, find_checkpoint, mark_finished
+from training.distributed import Processes
+from training.resuming import Keeper, data_of_run, find_checkpoint, mark_finished
 from training.run_state import Progress, Verdict
 
 
@@ -131,12 +133,12 @@ def test_two_at_most_are_kept_and_the_newest_is_found(tmp_path: Path) -> None:
 
 def harm(path: Path, how: str) -> None:
     content, manifest = path.read_bytes(), path.with_suffix(".json")
-    if how == "truncated":
-        path.write_bytes(content[:-1])
-    elif how == "byte flipped":
-        path.write_bytes(content[:300] + bytes([content[300] ^ 1]) + content[301:])
-    elif how == "zero bytes":
-        path.write_bytes(b"")
+    what, _, ninth = how.partition(" at ")
+    place = int(ninth or 0) * (len(content) - 1) // 9
+    if what == "truncated":
+        path.write_bytes(content[:place])
+    elif what == "byte flipped":
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     elif how == "file missing":
         path.unlink()
     elif how == "manifest missing":
@@ -149,10 +151,9 @@ def harm(path: Path, how: str) -> None:
         manifest.write_bytes(b"\xff\x00")
 
 
+# From the first byte (0: nothing is left of the truncated file) to the last.
 HARMS = [
-    "truncated",
-    "byte flipped",
-    "zero bytes",
+    *(f"{what} at {ninth}" for what in ("truncated", "byte flipped") for ninth in range(10)),
     "manifest missing",
     "manifest empty",
     "manifest no object",
@@ -196,21 +197,66 @@ def test_no_changed_byte_is_ever_loaded(place: int, bits: int) -> None:
             load_checkpoint(path)
 
 
+@contextlib.contextmanager
+def without_rights() -> Iterator[None]:
+    """Root may read and write everything, so that it becomes somebody else for a while."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A folder that others may enter too, unlike those of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+no_windows = pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+
+
+@no_windows
+@pytest.mark.parametrize("suffix", [".pt", ".json"])
 def test_one_that_may_not_be_read_is_named_and_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    suffix: str, reachable: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, last = (save_checkpoint(tmp_path, state(epoch)) for epoch in (1, 2))
-    read_bytes = Path.read_bytes
-
-    def refused(path: Path) -> bytes:
-        if path == last:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return read_bytes(path)
-
-    monkeypatch.setattr(Path, "read_bytes", refused)
-    found = newest_checkpoint([tmp_path], anything)
+    first, last = (save_checkpoint(reachable, state(epoch)) for epoch in (1, 2))
+    last.with_suffix(suffix).chmod(0)
+    before = {path.name for path in reachable.iterdir()}
+    with without_rights():
+        found = newest_checkpoint([reachable], anything)
     assert found is not None and found.path == first
     assert "cannot be read" in caplog.text and last.name in caplog.text
+    assert {path.name for path in reachable.iterdir()} == before
+
+
+@no_windows
+def test_a_folder_that_may_not_be_written_keeps_what_it_has(reachable: Path) -> None:
+    save_checkpoint(reachable, state(1))
+    before = files(reachable)
+    reachable.chmod(0o555)
+    with without_rights(), pytest.raises(PermissionError):
+        save_checkpoint(reachable, state(2))
+    assert files(reachable) == before
+
+
+def test_what_was_just_written_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of large networks, each is half a GB, on the thread that trains."""
+    read: list[Path] = []
+    verify = checkpoints._read_verified
+    monkeypatch.setattr(
+        checkpoints, "_read_verified", lambda path: (read.append(path), verify(path))[1]
+    )
+    paths = [save_checkpoint(tmp_path, state(epoch)) for epoch in (1, 2, 3, 4)]
+    assert read == [paths[1], paths[2]]
 
 
 def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +337,7 @@ def test_auto_names_what_is_damaged_and_takes_another_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     right, damaged = saved(tmp_path, age=20), saved(tmp_path, age=10)
-    harm(damaged, "truncated")
+    harm(damaged, "truncated at 5")
     found = find_checkpoint(*resuming(tmp_path))
     assert found is not None and found.path == right
     assert f"{damaged} is damaged" in caplog.text
@@ -314,6 +360,63 @@ def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_pa
     assert find_checkpoint(*resuming(tmp_path, epochs=2)) is None
     found = find_checkpoint(*resuming(tmp_path, epochs=3))
     assert found is not None and found.path == path
+
+
+def test_auto_takes_up_a_run_that_stopped_early_if_there_is_more_patience(tmp_path: Path) -> None:
+    run = make_run(epochs=9, early_stopping_patience=2)
+    for epoch in (1, 2, 3):
+        run.verdict.judge(epoch, float(epoch), 0.5)
+    run.progress.epoch = 3
+    path = save_checkpoint(tmp_path / run.name, run.state())
+    mark_finished(path.parent, run, version=1)
+    for patience, epochs, goes_on in [(2, 9, False), (2, 99, False), (3, 9, True), (3, 3, False)]:
+        more = resuming(tmp_path, epochs=epochs, early_stopping_patience=patience)
+        assert (find_checkpoint(*more) is not None) == goes_on
+
+
+def test_the_precision_is_compared_by_what_it_meant(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with auto where that is bf16: bf16 in words is the same, another auto is said."""
+
+    def auto_is(dtype: torch.dtype) -> None:
+        words = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}
+        monkeypatch.setattr(run_state, "choose_dtype", lambda word, _: words[word])
+
+    auto_is(torch.bfloat16)
+    path = saved(tmp_path, age=1)
+    auto_is(torch.float32)
+    found = find_checkpoint(*resuming(tmp_path, str(path), precision="bf16"))
+    assert found is not None
+    with pytest.raises(CheckpointError, match="precision is 'fp32' now and was 'auto' then"):
+        find_checkpoint(*resuming(tmp_path, str(path), precision="fp32"))
+    assert find_checkpoint(*resuming(tmp_path, str(path))) is not None
+    for word, said in [("bf16", 0), ("auto", 1)]:
+        make_run(precision=word).restore(found.state)
+        messages = [m for m in caplog.messages if "--precision bf16 keeps to the first" in m]
+        assert len(messages) == said
+
+
+def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_path: Path) -> None:
+    file, copied = tmp_path / "weights.pth", tmp_path / "copied.pth"
+    for path in (file, copied):
+        path.write_bytes(b"some weights")
+    path = saved(tmp_path / "runs", age=1, weights=str(file))
+
+    def fits(weights: object) -> bool:
+        config, data = resuming(tmp_path / "runs", weights=str(weights))
+        return find_checkpoint(config, data) is not None
+
+    assert fits(file) and fits(copied) and fits(tmp_path / "." / "runs" / ".." / file.name)
+    copied.write_bytes(b"other weights")
+    assert not fits(copied)
+    file.unlink()
+    assert fits(file) and fits("elsewhere/weights.pth") and not fits("imagenet")
+    file.write_bytes(b"other weights")
+    config, data = resuming(tmp_path / "runs", str(path), weights=str(file))
+    with pytest.raises(CheckpointError, match=r"weights.pth with other content' then"):
+        find_checkpoint(config, data)
+    assert load_checkpoint(path).state["weights_sha256"] != ""
 
 
 def test_a_checkpoint_that_is_named_must_fit(tmp_path: Path) -> None:
@@ -358,12 +461,27 @@ def test_a_run_that_is_being_trained_is_not_taken_up(
 ) -> None:
     monkeypatch.setattr(resuming_module, "ORPHAN_SECONDS", 0.1)
     path = saved(tmp_path, age=1)
+    caplog.set_level(logging.INFO)
     with FileLock(path.parent / resuming_module.LOCK_NAME):
         assert find_checkpoint(*resuming(tmp_path)) is None
+        assert "is in use; waiting up to 0.1 s for it" in caplog.text
         assert "another process is training this run" in caplog.text
         with pytest.raises(CheckpointError, match="another process is training this run"):
             find_checkpoint(*resuming(tmp_path, str(path)))
+        with pytest.raises(CheckpointError, match="another process is training this run"):
+            Keeper(make_run(), path.parent, Processes(), None)
     assert find_checkpoint(*resuming(tmp_path)) is not None
+
+
+def test_a_disk_that_cannot_lock_files_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(CheckpointError, match="cannot lock files; take another one for --check"):
+        Keeper(make_run(), tmp_path, Processes(), None)
 
 
 def test_what_killed_writers_left_goes_with_the_next_checkpoints(tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ BAD: dict[str, list[str]] = {
     "weight_decay": ["-1", "nan", "inf", "none", ""],
     "backbone_rate": POSITIVE,
     "warmup_epochs": ["-1", "nan", "inf", "one", ""],
+    "batch_norm": ["frozen", ""],
+    "smallest_crop": ["0", "1.01", "nan", "-1", "some", ""],
     "label_smoothing": ["-0.1", "1", "nan", "some", ""],
     "scheduler_patience": ["-1", "2.5", "", "nan"],
     "scheduler_factor": SHARE,
@@ -79,6 +81,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "weight_decay": {"0": 0.0},
     "backbone_rate": {"0.5": 0.5, "2": 2.0},
     "warmup_epochs": {"0": 0.0, "2.5": 2.5},
+    "smallest_crop": {"0.08": 0.08, "1": 1.0},
+    "batch_norm": {"fixed": "fixed", "trained": "trained"},
     "label_smoothing": {"0": 0.0, "0.1": 0.1},
     "scheduler_patience": {"0": 0},
     "scheduler_factor": {"0.1": 0.1},
@@ -191,7 +195,7 @@ def test_the_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixtur
         if name in VALUED and not isinstance(field.default, (Path, type(None))):
             shown = "mlflow.db in the repository" if name == "tracking_uri" else str(field.default)
             assert f"default: {shown};" in text, name
-    for name in ("predict", "top_k", "model_version", "sync_mlflow"):
+    for name in ("predict", "predictions", "top_k", "model_version", "compare", "sync_mlflow"):
         assert f"--{name}" in text
 
 
@@ -273,9 +277,9 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
 def test_the_plain_recipe_is_a_set_of_defaults_that_flags_change() -> None:
     plain = config_from_args(make_parser("").parse_args(["--recipe", "plain"]))
     assert plain == TrainingConfig(recipe="plain", **PLAIN_RECIPE)
-    arguments = ["--recipe=plain", "--label_smoothing=0.1", "--ema_decay=on"]
+    arguments = ["--recipe=plain", "--label_smoothing=0.2", "--ema_decay=on"]
     changed = config_from_args(make_parser("").parse_args(arguments))
-    assert changed == dataclasses.replace(plain, label_smoothing=0.1, ema_decay="on")
+    assert changed == dataclasses.replace(plain, label_smoothing=0.2, ema_decay="on")
 
 
 def test_differences_are_said_in_words() -> None:

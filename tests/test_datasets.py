@@ -89,6 +89,8 @@ def all_paths(data: FoodData) -> tuple[tuple[str, ...], ...]:
         ("  Pav   Bhaji ", "pav_bhaji"),
         ("pav\u2013bhaji", "pav_bhaji"),
         (".Dal", "dal"),
+        ("=1+1", "1+1"),
+        ("@dal", "dal"),
         ("cre\u0301me BRU\u0302LE\u0301E", "cr\u00e9me_br\u00fbl\u00e9e"),
         ("---", ""),
     ],

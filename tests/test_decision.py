@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.decision import CONFIDENT_PRECISION, KNOWN_SHARE, _threshold, fit_decision
+from app.ml.artifacts import Decision
+from training.decision import (
+    CONFIDENT_PRECISION,
+    KNOWN_SHARE,
+    _threshold,
+    fit_decision,
+    verdict_shares,
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -70,3 +77,19 @@ def test_the_numbers_are_plain_floats() -> None:
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_few_images_are_enough_for_an_answer(num_images: int) -> None:
     assert fit_decision(*scored(num_images, 0), np.zeros(num_images)).confident_at <= 1
+
+
+def test_shares_and_accuracies_of_the_verdicts() -> None:
+    """Four sure answers of which one is wrong and one is no food; two unsure ones, both right."""
+    logits = np.array([[9.0, 0.0]] * 4 + [[0.1, 0.0]] * 2)
+    labels = np.array([0, 0, 1, 0, 0, 0])
+    similarities = np.array([0.9, 0.9, 0.9, 0.1, 0.9, 0.5])
+    decision = Decision(temperature=1.0, confident_at=0.8, food_at=0.5)
+    assert verdict_shares(decision, logits, labels, similarities) == {
+        "confident": {"share": 0.5, "accuracy": pytest.approx(2 / 3)},
+        "unsure": {"share": pytest.approx(1 / 3), "accuracy": 1.0},
+        "not_food": {"share": pytest.approx(1 / 6), "accuracy": 1.0},
+    }
+    everything = Decision(temperature=1.0, confident_at=0.0, food_at=0.0)
+    shares = verdict_shares(everything, logits, labels, similarities)
+    assert shares["not_food"] == {"share": 0.0, "accuracy": None}

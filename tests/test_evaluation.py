@@ -243,6 +243,7 @@ def test_prediction_rows_stand_beside_their_truth(tmp_path: Path) -> None:
     first, second = rows
     assert (first["file"], first["actual"], first["predicted"]) == ("a/1.jpg", "c", "a")
     assert (first["correct"], second["correct"]) == (False, True)
+    assert (first["actual_rank"], second["actual_rank"]) == (2, 1)
     assert [first[f"top{k}_class"] for k in (1, 2, 3)] == ["a", "c", "b"]
     assert first["confidence"] == first["top1_probability"] == probabilities[0, 0]
     assert first["actual_probability"] == first["top2_probability"] == probabilities[0, 2]

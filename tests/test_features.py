@@ -1,6 +1,8 @@
 """What the trained part is fed with: computed or stored, the features are the same."""
 
 import copy
+import math
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,15 @@ from torch import nn
 
 from app.ml.model import build_model, split_model
 from app.ml.preprocessing import PreprocessConfig, normalize
-from training import features
-from training.batches import EvalImages, ImageLoader, Key, KeyBatches, TrainImages
+from training import batches, features
+from training.batches import (
+    EvalImages,
+    ImageLoader,
+    Key,
+    KeyBatches,
+    TrainImages,
+    default_num_workers,
+)
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
 from training.distributed import Processes
@@ -47,7 +56,7 @@ def source(
     photos: tuple[str, ...], folder: Path, num_views: int, train: bool = True
 ) -> FeatureSource:
     dataset = (
-        TrainImages(photos, ImageCache(None), seed=3, crop=32)
+        TrainImages(photos, ImageCache(None), seed=3, crop=32, smallest_crop=0.25)
         if train
         else EvalImages(photos, CONFIG)
     )
@@ -154,7 +163,9 @@ def refused(*_: object) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("obstacle", ["no room", "full while reserving", "no folder"])
+@pytest.mark.parametrize(
+    "obstacle", ["no room", "full while reserving", "no folder", "more than pays"]
+)
 def test_without_room_the_features_are_computed_and_it_is_said_once(
     obstacle: str,
     photos: tuple[str, ...],
@@ -167,9 +178,11 @@ def test_without_room_the_features_are_computed_and_it_is_said_once(
         monkeypatch.setattr(features.shutil, "disk_usage", lambda _: free)
     elif obstacle == "full while reserving":
         monkeypatch.setattr(features.os, "posix_fallocate", refused, raising=False)
-    else:
+    elif obstacle == "no folder":
         (tmp_path / "store").write_text("a file")
     feed, plain = source(photos, tmp_path, 2), source(photos, tmp_path / "other", 0)
+    if obstacle == "more than pays":
+        feed.most_bytes = 2 * NUM_IMAGES * 4 * 8 * 8 * 4 - 1
     first = list(feed.batches(0, shuffle_seed=1))
     assert_same(first, list(plain.batches(0, shuffle_seed=1)), exactly=True)
     list(feed.batches(1, shuffle_seed=1))
@@ -213,6 +226,7 @@ def test_sources_as_a_run_makes_them(
     )
     (batch,) = val.batches(0)
     assert batch.features.shape == (3, *shape) and (train.num_views, val.num_views) == (0, 1)
+    assert (train.most_bytes, val.most_bytes) == (math.inf, features.MOST_VALIDATION_BYTES)
     pixels = torch.stack(
         [EvalImages(photos, val.frozen.config)[Key(i, 0, i)].pixels for i in range(3)]
     )
@@ -224,3 +238,37 @@ def test_sources_as_a_run_makes_them(
     assert all(torch.equal(before[key], value) for key, value in part.state_dict().items())
     train.close()
     val.close()
+
+
+@pytest.mark.parametrize("cache_views", [0, 1])
+def test_processes_that_have_nothing_left_to_read_end(
+    cache_views: int, photos: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Those of validation, and of training where its views are kept."""
+    config = TrainingConfig(
+        freeze_layers="all", num_workers=1, cache_views=cache_views, cache_images="off"
+    )
+    part, _ = split_model(build_model("mobilenet_v2", 3).eval(), "mobilenet_v2", 19)
+    split = Split(photos[:3], LABELS[:3])
+    data = FoodData({"a": 0, "b": 1, "c": 2}, split, split, split, [], {})
+    sources = feature_sources(config, data, part, tmp_path, CPU, Processes(), MicroBatch(4))
+    for source in sources:
+        list(source.batches(0))
+    assert len(multiprocessing.active_children()) == (0 if cache_views else 1)
+    unfinished = sources[0].loader.batches(1, 1)  # as the traceback of an error would hold it
+    next(unfinished)
+    for source in sources:
+        source.close()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("cores", "trainers", "beside_a_gpu"), [(1, 1, 1), (4, 1, 4), (64, 1, 8), (64, 4, 8), (6, 4, 1)]
+)
+def test_workers_share_the_cores_that_may_be_used(
+    cores: int, trainers: int, beside_a_gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(trainers))
+    assert default_num_workers(torch.device("cuda")) == beside_a_gpu
+    assert default_num_workers(CPU) == min(1, cores - 1)

@@ -108,6 +108,14 @@ def make_facts(classes: list[str]) -> dict[str, Any]:
         "stop_reason": "Stopped early: no better validation loss for 3 epochs.",
         "config": {"epochs": 20, "weights": "imagenet", "sample": False, "seed": 42},
         "classes": classes,
+        "verdicts": {
+            split: {
+                "confident": {"share": 0.625, "accuracy": 0.957},
+                "unsure": {"share": 0.375, "accuracy": 0.5},
+                "not_food": {"share": 0.0, "accuracy": None},
+            }
+            for split in ("validation", "test")
+        },
         "audit": {
             "source": "Food-101 in data/food-101",
             "counts": {
@@ -247,7 +255,7 @@ def test_101_classes_stay_small_and_readable(tmp_path: Path) -> None:
     run = make_run(tmp_path, classes, per_class=10)
     _, page = render(tmp_path, run)
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
-    assert len(page.all("tr")) == 101 + 101 + len(run["history"]) + 3
+    assert len(page.all("tr")) == 101 + 101 + len(run["history"]) + 3 + 4  # tables and their heads
     write_confusion_matrix(run["results"], tmp_path / "matrix.png")
     with Image.open(tmp_path / "matrix.png") as image:
         width, height = image.size

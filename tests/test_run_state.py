@@ -1,6 +1,7 @@
 """The rules of a run: when the rate falls, when it stops, which epoch is the best; the average of
 the weights; and what a checkpoint must bring back."""
 
+import copy
 import math
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -17,7 +18,16 @@ import train_model
 from app.ml.model import TrainedPart
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
-from training.run_state import Progress, Run, Verdict, WeightAverage, fingerprint, plain_copy
+from training.run_state import (
+    MicroBatch,
+    Progress,
+    Run,
+    TrainingError,
+    Verdict,
+    WeightAverage,
+    fingerprint,
+    plain_copy,
+)
 
 CPU = torch.device("cpu")
 
@@ -203,6 +213,31 @@ def test_without_decay_the_average_is_the_trained_part_itself() -> None:
     assert run.state()["average"] == {}
 
 
+# Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[8], [4, 4], [3, 3, 2], [1] * 8])
+def test_a_micro_batch_covers_each_image_once(parts: list[int]) -> None:
+    slices = MicroBatch(parts[0]).parts(8)
+    assert [list(range(8))[part] for part in slices] == [
+        list(range(sum(parts[:i]), sum(parts[: i + 1]))) for i in range(len(parts))
+    ]
+    assert MicroBatch(3).parts(0) == [slice(0, 3)]
+
+
+def test_the_micro_batch_halves_when_memory_runs_out_and_for_no_other_reason() -> None:
+    gpu = torch.OutOfMemoryError("CUDA out of memory")
+    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    micro_batch = MicroBatch(5)
+    for error, size in [(gpu, 3), (cpu, 2), (gpu, 1)]:
+        micro_batch.halve(error)
+        assert micro_batch.size == size
+    with pytest.raises(TrainingError, match="not enough memory for a single image"):
+        micro_batch.halve(cpu)
+    with pytest.raises(RuntimeError, match="another"):
+        MicroBatch(8).halve(RuntimeError("another"))
+
+
 # Progress and the whole state -----------------------------------------------------------------
 
 
@@ -263,3 +298,17 @@ def test_the_fingerprint_changes_with_the_images_and_not_with_their_folder() -> 
     ]
     prints = {fingerprint(data) for data in [tiny_data(), *others]}
     assert len(prints) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [({}, False), ({"batch_norm": "trained"}, True), ({"weights": "none"}, True)],
+)
+def test_batch_norm_keeps_its_pretrained_statistics_unless_told_or_without_any(
+    flags: dict[str, str], changes: bool
+) -> None:
+    run = make_run(**flags)
+    before = copy.deepcopy(dict(run.trained.named_buffers()))
+    run.train_mode()
+    run.trained(torch.rand(4, 2, 5, 5))
+    assert same(before, dict(run.trained.named_buffers())) is not changes

@@ -451,7 +451,7 @@ def test_a_run_without_an_end_is_killed_until_it_is_resumed(store: str, tmp_path
     assert_level(store, run_dir, epochs=2)
 
 
-@pytest.fixture(params=["refused", "silent", "locked", "missing"])
+@pytest.fixture(params=["refused", "silent", "locked", "full", "missing"])
 def fault(
     request: pytest.FixtureRequest,
     store: str,
@@ -470,6 +470,10 @@ def fault(
         database.execute("BEGIN EXCLUSIVE")
         yield store
         database.close()
+    elif request.param == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("needs Linux's disk that is always full")
+        yield "sqlite:////dev/full"
     else:
         (tmp_path / "shim").mkdir()
         shim = "raise ImportError(\"No module named 'mlflow'\")"

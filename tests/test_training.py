@@ -1,13 +1,17 @@
 """Training end to end, with the real command line on tiny data: it learns, and it can be stopped
 anywhere and go on as if nothing had happened. `test_faults.py` has what may go wrong on the way."""
 
+import collections
+import contextlib
 import functools
 import logging
 import os
 import shutil
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +29,8 @@ from training import checkpoints, features, resuming, step
 from training.checkpoints import load_checkpoint
 from training.datasets import FoodData
 from training.release import RunFacts
-from training.run_state import Run
+from training.run_state import Progress, Run
+from training.tracking import MlflowMirror
 
 needs_fork = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL and no fork")
 long_only = pytest.mark.skipif(
@@ -70,9 +75,11 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     monkeypatch.setattr(train_model, "release_model", quick_release)
     caplog.set_level(logging.INFO)
+    with costs_said():
+        yield
 
 
 def after(
@@ -92,23 +99,86 @@ def after(
     monkeypatch.setattr(owner, name, counting)
 
 
-def train(folder: Path, photos: Path, *more: str) -> int:
-    return train_model.main(arguments(photos, folder, *EPOCHS, *more))
+@dataclass
+class Cost:
+    """Seconds of a run: of all its starts, of training that was done again, from the last signal to
+    the end of its process, and of waiting for MLflow."""
+
+    seconds: float = 0.0
+    again: float = 0.0
+    obeying: float = 0.0
+    mirroring: float = 0.0
+    starts: int = 0
+    batches: set[tuple[int, int]] = field(default_factory=set)
+
+
+COSTS: dict[Path, Cost] = collections.defaultdict(Cost)  # by the folder of the run
+
+
+def train(folder: Path, photos: Path, *more: str, tracking_uri: str | None = None) -> int:
+    """Note what it costs, too."""
+    argv = arguments(photos, folder, *EPOCHS, *more)
+    if tracking_uri:
+        argv[argv.index("--no_mlflow")] = f"--tracking_uri={tracking_uri}"
+    cost, began, add = COSTS[folder], time.perf_counter(), Progress.add
+    close = MlflowMirror.close
+
+    def noting(progress: Progress, *values: float) -> None:
+        place = (progress.epoch, progress.batch)
+        cost.again += values[-1] * (place in cost.batches)
+        cost.batches.add(place)
+        add(progress, *values)
+
+    def timed(mirror: MlflowMirror) -> str | None:
+        closing = time.perf_counter()
+        line = close(mirror)
+        cost.mirroring += time.perf_counter() - closing
+        return line
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add", noting)
+        patch.setattr(MlflowMirror, "close", timed)
+        code = train_model.main(argv)
+    ended = time.perf_counter()
+    cost.seconds, cost.starts = cost.seconds + ended - began, cost.starts + 1
+    if code > 128 and SENT[-1] > began:
+        cost.obeying = max(cost.obeying, ended - SENT[-1])
+    return code
+
+
+@contextlib.contextmanager
+def costs_said() -> Iterator[None]:
+    """Print what the runs inside took: `pytest -rP` shows it."""
+    COSTS.clear()
+    yield
+    for folder, cost in COSTS.items():
+        print(  # noqa: T201
+            f"{folder.name}: {cost.seconds:.2f} s in {cost.starts} starts, {cost.again:.2f} s of "
+            f"training done again, {cost.obeying:.2f} s from signal to end, "
+            f"{cost.mirroring:.2f} s of waiting for MLflow"
+        )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Outcome:
     """What three epochs lead to when nothing happens."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, costs_said():
         patch.setattr(train_model, "release_model", quick_release)
         torch.set_num_threads(1)
         assert train(folder, photos) == 0
     return outcome(folder)
 
 
-def send(number: int) -> Callable[[], None]:
-    return lambda: signal.raise_signal(number)
+SENT = [0.0]  # when
+
+
+def send(number: int) -> Callable[..., None]:
+    def send_now(*_: object) -> None:
+        SENT.append(time.perf_counter())
+        signal.raise_signal(number)
+
+    return send_now
 
 
 # It learns ------------------------------------------------------------------------------------
@@ -241,7 +311,7 @@ def test_a_signal_while_the_model_is_tested_ends_the_run_at_once(
     undisturbed: Outcome,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(train_model, "release_model", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(train_model, "release_model", send(signal.SIGTERM))
         assert train(tmp_path, photos) == 143
     assert train(tmp_path, photos, "--resume", "auto") == 0
     assert outcome(tmp_path) == undisturbed
@@ -257,6 +327,28 @@ def test_a_second_signal_stops_at_once(
     process = start(arguments(photos, tmp_path), tmp_path / "log", trap, prepare=release_quickly)
     process.join(SECONDS)
     assert process.exitcode == -signals[1]
+
+
+def own_group() -> None:
+    """From here on, what this process sends to itself reaches its data workers too."""
+    release_quickly()
+    os.setpgid(0, 0)
+    os.kill = lambda _, number: os.killpg(0, number)  # type: ignore[assignment]
+
+
+@needs_fork
+def test_ctrl_c_reaches_the_data_workers_too_and_harms_nothing(
+    tmp_path: Path, photos: Path, undisturbed: Outcome
+) -> None:
+    """As it does in a terminal."""
+    argv = arguments(photos, tmp_path, *EPOCHS, "--resume", "auto", "--num_workers", "2")
+    trap, log = Trap("train", 6, (signal.SIGINT,)), tmp_path / "log"
+    process = start(argv, log, trap, prepare=own_group)
+    process.join(SECONDS)
+    assert process.exitcode == 130, log.read_text()
+    assert "Traceback" not in log.read_text() and "go on with" in log.read_text()
+    assert train(tmp_path, photos, "--resume", "auto") == 0
+    assert outcome(tmp_path) == undisturbed
 
 
 @needs_fork
@@ -322,6 +414,20 @@ def test_a_longer_run_goes_on_where_the_finished_one_stopped(
     assert train(tmp_path, photos, "--epochs", "1", "--resume", "auto") == 0
     assert "nothing to resume" in caplog.text
     assert len(list((tmp_path / "runs").glob("mobilenet*"))) == 2
+
+
+def test_a_run_that_stopped_early_goes_on_with_more_patience(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To what it would have come to with that patience from the start."""
+    monkeypatch.setattr(train_model, "validate_epoch", lambda run, *_: (run.progress.epoch, 0.5))
+    assert train(tmp_path / "whole", photos) == 0
+    more = ("--resume", "auto", "--early_stopping_patience")
+    assert train(tmp_path / "cut", photos, *more, "1") == 0
+    assert "early stop" in caplog.text and len(outcome(tmp_path / "cut").history) == 2
+    assert train(tmp_path / "cut", photos, *more, "5") == 0
+    assert "resumed after epoch 2" in caplog.text
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_another_configuration_and_damage_are_named_and_the_one_before_is_used(

@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional as F
 
 from app.ml.preprocessing import PreprocessConfig
 
-CROP_AREA = (0.08, 1.0)  # share of the picture, as torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 COLOR_STRENGTH = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation; hue in turns
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -31,20 +30,27 @@ class Augmentation(NamedTuple):
     color: tuple[float, float, float, float]
 
 
-def draw_augmentation(height: int, width: int, *, seed: int, view: int, index: int) -> Augmentation:
-    """Draw for one image of this size; the same arguments always give the same answer."""
+def draw_augmentation(
+    height: int, width: int, *, seed: int, view: int, index: int, smallest_crop: float
+) -> Augmentation:
+    """Draw for one image of this size; the same arguments always give the same answer.
+
+    smallest_crop: share of the picture's area that is shown at least.
+    """
     random = np.random.default_rng((seed, view, index))
-    top, left, box_height, box_width = _crop_box(height, width, random)
+    top, left, box_height, box_width = _crop_box(height, width, smallest_crop, random)
     flip = bool(random.random() < 0.5)
     brightness, contrast, saturation, hue = random.uniform(-1, 1, size=4).tolist()
     color = (brightness, contrast, saturation, hue)
     return Augmentation(top, left, box_height, box_width, flip, color)
 
 
-def _crop_box(height: int, width: int, random: np.random.Generator) -> tuple[int, int, int, int]:
+def _crop_box(
+    height: int, width: int, smallest: float, random: np.random.Generator
+) -> tuple[int, int, int, int]:
     """Inception-style crop (Szegedy et al. 2015): ten tries, then the largest allowed centre."""
     for _ in range(10):
-        area = height * width * random.uniform(*CROP_AREA)
+        area = height * width * random.uniform(smallest, 1)
         ratio = math.exp(random.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
         box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < box_width <= width and 0 < box_height <= height:

@@ -9,7 +9,8 @@ import functools
 import logging
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, load_image
 from training.augmentation import crop_and_flip, draw_augmentation
 from training.image_cache import ImageCache
+
+# Python 3.14 would take a fork server, which outlives a trainer that is killed, as do its workers.
+START_METHOD = "fork" if sys.platform == "linux" else None
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +69,16 @@ class Batch:
 class TrainImages(Dataset[Item]):
     """Augmented pixels of the training split, read through the cache."""
 
-    def __init__(self, paths: tuple[str, ...], cache: ImageCache, seed: int, crop: int) -> None:
-        self.paths, self.cache, self.seed, self.crop = paths, cache, seed, crop
+    def __init__(
+        self,
+        paths: tuple[str, ...],
+        cache: ImageCache,
+        seed: int,
+        crop: int,
+        smallest_crop: float,
+    ) -> None:
+        self.paths, self.cache, self.seed = paths, cache, seed
+        self.crop, self.smallest_crop = crop, smallest_crop
 
     def __getitem__(self, key: Key) -> Item:
         try:
@@ -75,7 +87,12 @@ class TrainImages(Dataset[Item]):
             return Item(key, None, None, str(error))
         _, height, width = image.shape
         augmentation = draw_augmentation(
-            height, width, seed=self.seed, view=key.view, index=key.image
+            height,
+            width,
+            seed=self.seed,
+            view=key.view,
+            index=key.image,
+            smallest_crop=self.smallest_crop,
         )
         pixels = crop_and_flip(image, augmentation, self.crop)
         return Item(key, pixels, augmentation.color, None)
@@ -147,7 +164,10 @@ def collate(items: list[Item], crop: int) -> Batch:
 
 
 class ImageLoader:
-    """Reads one split, pass after pass, with worker processes that stay alive between passes."""
+    """Reads one split, pass after pass, with worker processes.
+
+    workers_stay: they stay alive between passes, which is worth it where there are many.
+    """
 
     def __init__(
         self,
@@ -155,16 +175,20 @@ class ImageLoader:
         keys: KeyBatches,
         num_workers: int,
         device: torch.device,
+        *,
+        workers_stay: bool = False,
     ) -> None:
         self.paths, self.keys, self.num_workers = dataset.paths, keys, num_workers
         self.left_out: dict[str, str] = {}  # path -> reason, of all passes
-        self._loader: DataLoader[Item] = DataLoader(
+        self._pass: Generator[Batch, None, None] | None = None
+        self._loader: DataLoader[Item] | None = DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=num_workers,
             collate_fn=functools.partial(collate, crop=dataset.crop),
             pin_memory=device.type == "cuda",
-            persistent_workers=num_workers > 0,
+            persistent_workers=workers_stay and num_workers > 0,
+            multiprocessing_context=START_METHOD if num_workers else None,
             worker_init_fn=_leave_signals_to_the_main_process,
         )
 
@@ -178,7 +202,23 @@ class ImageLoader:
         whole: bool = False,
     ) -> Iterator[Batch]:
         """One pass; every unreadable image is named in the log the first time it is met."""
-        self.keys.next_pass = self.keys.batches(epoch, view, start, shuffle_seed, whole=whole)
+        keys = self.keys.batches(epoch, view, start, shuffle_seed, whole=whole)
+        self._pass = self._read(keys)
+        return self._pass
+
+    def close(self) -> None:
+        """End the worker processes, in the middle of a pass too.
+
+        An error's traceback would keep them alive otherwise: as they ignore SIGTERM, the process
+        would wait for them at its end, and never end.
+        """
+        if self._pass:
+            self._pass.close()
+        self._loader = None
+
+    def _read(self, keys: Iterator[list[Key]]) -> Generator[Batch, None, None]:
+        assert self._loader, "closed"
+        self.keys.next_pass = keys
         for batch in self._loader:
             for index, reason in batch.problems:
                 self._leave_out(self.paths[index], reason)
@@ -197,7 +237,10 @@ def _leave_signals_to_the_main_process(worker: int) -> None:  # noqa: ARG001
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Worker processes for this machine: one per core beside a GPU; where the cores compute, one,
-    which leaves the loop no images to wait for and takes 4 % of two cores."""
-    cores = os.cpu_count() or 1
-    return cores if device.type == "cuda" else min(1, cores - 1)
+    """Worker processes of one trainer: beside a GPU its share of the cores, eight at most (each
+    takes about 1 ms an image); where the cores compute, one, which leaves the loop no images to
+    wait for and takes 4 % of two cores."""
+    may_ask = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if may_ask else os.cpu_count() or 1
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
+    return min(8, max(1, cores // trainers)) if device.type == "cuda" else min(1, cores - 1)

@@ -45,8 +45,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
         OSError: no space or no permission; what was there is untouched.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    numbers = _numbers(run_dir)
-    path = run_dir / f"checkpoint-{max(numbers, default=0) + 1:06d}.pt"
+    path = _path(run_dir, max(_numbers(run_dir), default=0) + 1)
     data = state_bytes({"format_version": FORMAT_VERSION, **state})
     manifest = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     manifest |= {"epoch": state["epoch"], "batch": state["batch"]}
@@ -101,7 +100,7 @@ def newest_checkpoint(
     """
     for run_dir in run_dirs:
         for number in sorted(_numbers(run_dir), reverse=True):
-            path = run_dir / f"checkpoint-{number:06d}.pt"
+            path = _path(run_dir, number)
             try:
                 checkpoint = load_checkpoint(path)
             except CheckpointError as error:
@@ -127,21 +126,29 @@ def _last_written(run_dir: Path) -> tuple[int, str]:
     return max(times), run_dir.name
 
 
+def _path(run_dir: Path, number: int) -> Path:
+    return run_dir / f"checkpoint-{number:06d}.pt"
+
+
 def _numbers(run_dir: Path) -> list[int]:
     found = (re.fullmatch(r"checkpoint-(\d{6})\.pt", p.name) for p in run_dir.glob("*.pt"))
     return [int(match[1]) for match in found if match]
 
 
 def _drop_old(run_dir: Path) -> None:
-    """Drop what is older than the last two that verify, and what a killed writer left behind."""
-    verified = 0
-    for number in sorted(_numbers(run_dir), reverse=True):
-        path = run_dir / f"checkpoint-{number:06d}.pt"
-        if verified == KEEP:
+    """Drop what is older than the last two that verify, and what a killed writer left behind.
+
+    The newest was just written, and nothing is older than the oldest: neither need be read.
+    """
+    newest, *older = sorted(_numbers(run_dir), reverse=True)
+    verified = [newest]
+    for number in older:
+        path = _path(run_dir, number)
+        if len(verified) == KEEP:
             path.with_suffix(".json").unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        else:
-            verified += _verifies(path)
+        elif number != older[-1] and _verifies(path):
+            verified.append(number)
     for leftover in run_dir.glob(".checkpoint-*.tmp"):
         leftover.unlink(missing_ok=True)
 

@@ -78,6 +78,8 @@ def _path(text: str) -> Path:
 PLAIN_RECIPE = {
     "backbone_rate": 1.0,
     "warmup_epochs": 0.0,
+    "batch_norm": "trained",
+    "smallest_crop": 0.08,  # torchvision's RandomResizedCrop
     "label_smoothing": 0.0,
     "ema_decay": 0.0,
 }
@@ -169,7 +171,8 @@ class TrainingConfig:
         "training",
         "default",
         _choice("default", "plain"),
-        "plain: one rate for all layers, no warm-up, no averaging, unless flags say otherwise",
+        "plain: one rate for all layers, no warm-up, smoothing or averaging, trained batch-norm, "
+        "crops from 8 %, unless flags say otherwise",
     )
     epochs: int = setting("training", 20, _whole(1), "passes over the training images")
     batch_size: int = setting("training", 32, _whole(1), "images per step", exact=True)
@@ -191,9 +194,23 @@ class TrainingConfig:
         "epochs over which the rate grows from nothing",
         exact=True,
     )
+    batch_norm: str = setting(
+        "training",
+        "fixed",
+        _choice("fixed", "trained"),
+        "statistics of the trained layers' batch-norm: the pretrained ones, or each batch's own",
+        exact=True,
+    )
+    smallest_crop: float = setting(
+        "training",
+        0.25,
+        Kind(float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+        "share of the picture's area that an augmented view shows at least",
+        exact=True,
+    )
     label_smoothing: float = setting(
         "training",
-        0.0,
+        0.1,
         _number(0, 1, low_too=True),
         "share of the target that is spread over all classes",
         exact=True,

@@ -23,6 +23,25 @@ def fit_decision(logits: np.ndarray, labels: np.ndarray, similarities: np.ndarra
     )
 
 
+def verdict_shares(
+    decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
+) -> dict[str, dict[str, float | None]]:
+    """How often each verdict is given on pictures of known dishes, and how often its answer is
+    right; arguments as for `fit_decision`. accuracy: None where a verdict is never given."""
+    probabilities = softmax(logits, decision.temperature)
+    correct = probabilities.argmax(axis=1) == labels
+    is_food = similarities >= decision.food_at
+    is_sure = probabilities.max(axis=1) >= decision.confident_at
+    given = {"confident": is_food & is_sure, "unsure": is_food & ~is_sure, "not_food": ~is_food}
+    return {
+        verdict: {
+            "share": float(mask.mean()),
+            "accuracy": float(correct[mask].mean()) if mask.any() else None,
+        }
+        for verdict, mask in given.items()
+    }
+
+
 def _threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
     """The lowest confidence from which on upwards enough answers are right; 1 if none is."""
     order = np.argsort(-confidences, kind="stable")

@@ -20,14 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 Value = TypeVar("Value")
 
+TRAINING_TIMEOUT = timedelta(minutes=10)  # after which a process that hangs ends the run
+MAIN_TIMEOUT = timedelta(hours=3)  # the main process may download 5 GB first
+
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of how many processes this is; rank 0 alone writes and reports."""
+    """Which of how many processes this is; rank 0 alone writes and reports.
+
+    patient: the same processes, which wait longer for what the main one does alone.
+    """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    patient: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +61,7 @@ class Processes:
         if self.world_size == 1:
             return make()
         values: list[Any] = [make() if self.is_main else None]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.patient)
         return values[0]
 
     def merged(self, facts: dict[str, str]) -> dict[str, str]:
@@ -80,9 +87,14 @@ def join_processes(device_type: str) -> Processes:
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    # The others wait while the main process downloads 5 GB.
-    dist.init_process_group(backend, timeout=timedelta(hours=3))
-    return Processes(dist.get_rank(), world_size, local_rank)
+    store, rank, _ = next(dist.rendezvous("env://"))
+    # torchrun keeps its store when it starts killed processes again: their addresses are old then.
+    own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        backend, store=own, rank=rank, world_size=world_size, timeout=TRAINING_TIMEOUT
+    )
+    patient = dist.new_group(timeout=MAIN_TIMEOUT, backend="gloo")
+    return Processes(rank, world_size, local_rank, patient)
 
 
 @contextlib.contextmanager

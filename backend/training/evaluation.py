@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 CALIBRATION_BINS = 15  # as in Guo et al. 2017
 TEMPERATURE_LIMITS = (0.1, 10.0)
 BEST_AND_WORST = 5
 MOST_CONFUSED = 25
+PREDICTIONS_NAME = "test_predictions.csv"
 TOP_COLUMNS = 3
 PREDICTION_COLUMNS = [
-    *("file", "actual", "predicted", "correct", "confidence", "actual_probability"),
+    *("file", "actual", "predicted", "correct", "confidence"),
+    *("actual_probability", "actual_rank"),
     *(
         f"top{rank}_{part}"
         for rank in range(1, TOP_COLUMNS + 1)
@@ -58,6 +59,8 @@ def evaluate(
     A class without test images has no precision, recall or F1 (None) and no part in the averages.
     Raises ValueError for empty, misshapen or non-finite input.
     """
+    from sklearn.metrics import confusion_matrix  # takes seconds, which only a release should pay
+
     logits, labels = _checked(logits, labels)
     _check_classes(classes, logits)
     ranked = _ranked(logits)
@@ -169,6 +172,8 @@ def _nll(logits: np.ndarray, labels: np.ndarray) -> float:
 def _class_scores(
     labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
 ) -> dict[str, Any]:
+    from sklearn.metrics import precision_recall_fscore_support
+
     # a class that has images but is never predicted scores 0, scikit-learn's own convention
     *scores, support = precision_recall_fscore_support(
         labels, predicted, labels=range(len(classes)), zero_division=0.0
@@ -217,11 +222,13 @@ def _most_confused(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str,
 
 def _calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> dict[str, Any]:
     before, after = softmax(logits), softmax(logits, temperature)
-    bins_before, bins_after = (_reliability_bins(p, labels) for p in (before, after))
+    bins_before, bins_after = (
+        reliability_bins(p.max(axis=1), _ranked(p)[:, 0] == labels) for p in (before, after)
+    )
     return {
         "temperature": float(temperature),
-        "ece_before": _ece(bins_before),
-        "ece_after": _ece(bins_after),
+        "ece_before": calibration_error(bins_before),
+        "ece_after": calibration_error(bins_after),
         "ece_by_chance": _ece_by_chance(after.max(axis=1)),
         "brier_before": _brier(before, labels),
         "brier_after": _brier(after, labels),
@@ -234,9 +241,8 @@ def _bin_index(confidences: np.ndarray) -> np.ndarray:
     return np.ceil(confidences * CALIBRATION_BINS).astype(int).clip(1, CALIBRATION_BINS) - 1
 
 
-def _reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
-    confidences = probabilities.max(axis=1)
-    hits = _ranked(probabilities)[:, 0] == labels
+def reliability_bins(confidences: np.ndarray, hits: np.ndarray) -> list[dict[str, Any]]:
+    """Set stated confidences (N,) against what came true (N,), in bins of equal width."""
     index = _bin_index(confidences)
     return [
         {
@@ -251,7 +257,7 @@ def _reliability_bins(probabilities: np.ndarray, labels: np.ndarray) -> list[dic
     ]
 
 
-def _ece(bins: list[dict[str, Any]]) -> float:
+def calibration_error(bins: list[dict[str, Any]]) -> float:
     """Give the expected calibration error: mean |accuracy - confidence|, weighted by bin size."""
     filled = [b for b in bins if b["count"]]
     gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled)
@@ -287,6 +293,7 @@ def _prediction_row(
         "correct": bool(ranked[0] == label),
         "confidence": float(probabilities[ranked[0]]),
         "actual_probability": float(probabilities[label]),
+        "actual_rank": int(np.flatnonzero(ranked == label)[0]) + 1,  # 1: first
     }
     for rank, index in enumerate(ranked[:TOP_COLUMNS], start=1):
         row[f"top{rank}_class"] = classes[index]

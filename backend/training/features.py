@@ -7,6 +7,7 @@ how often, a run was cut.
 """
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -33,10 +34,10 @@ from training.config import TrainingConfig
 from training.datasets import FoodData
 from training.devices import choose_dtype
 from training.distributed import Processes
-from training.image_cache import ImageCache
+from training.image_cache import RESERVED_BYTES, ImageCache
 from training.run_state import MicroBatch
 
-RESERVED_BYTES = 1 << 30  # never fill a disk beyond this
+MOST_VALIDATION_BYTES = 4 << 30  # of all processes together; larger files would not stay in memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class FeatureSource:
     """Feeds one split to the trained part, pass after pass.
 
     num_views: 0 computes the features anew in each pass, which is then a view of its own;
-    K keeps those of K views in `store_path` and shows view (epoch mod K).
+    K keeps those of K views in `store_path` and shows view (epoch mod K), unless they take more
+    than most_bytes.
     """
 
     def __init__(
@@ -93,8 +95,9 @@ class FeatureSource:
         num_views: int,
         store_path: Path,
         processes: Processes,
+        most_bytes: float = math.inf,
     ) -> None:
-        self.processes = processes
+        self.processes, self.most_bytes = processes, most_bytes
         self.loader, self.frozen, self.num_views = loader, frozen, num_views
         self.labels = torch.from_numpy(labels)
         self.store_path = store_path
@@ -124,7 +127,7 @@ class FeatureSource:
         if self.can_store and self.store is None:
             self._open_store()
             if self.processes.highest(float(not self.can_store)):  # all have one or none has
-                self.close()
+                self._drop_store()
                 self.can_store = False
         view = self._view(epoch)
         if self.store is None or self.store.is_filled(view):
@@ -154,7 +157,13 @@ class FeatureSource:
         probe = torch.zeros(1, 3, config.crop, config.crop, dtype=torch.uint8, device=device)
         empty = torch.zeros(1, dtype=torch.int64)
         features = self.frozen(Batch(probe, None, empty, empty, []))
+        num_bytes = self.num_views * len(self.labels) * features.nbytes
         try:
+            if num_bytes > self.most_bytes:
+                raise OSError(
+                    f"{num_bytes / 1e9:.1f} GB of them are more than {self.most_bytes / 1e9:.1f}; "
+                    "more --freeze_layers make them smaller"
+                )
             self.store = FeatureStore(
                 self.store_path,
                 self.num_views,
@@ -178,6 +187,11 @@ class FeatureSource:
             yield FeatureBatch(features, self.labels[indices[present]], rows[there])
 
     def close(self) -> None:
+        """Give back disk space and processes."""
+        self._drop_store()
+        self.loader.close()
+
+    def _drop_store(self) -> None:
         if self.store:
             self.store.close()
             self.store = None
@@ -269,9 +283,15 @@ def feature_sources(
     num_workers = default_num_workers(device) if workers == "auto" else int(workers)
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
     share = (config.batch_size, processes.rank, processes.world_size)
-    train_images = TrainImages(data.train.paths, ImageCache(cache), config.seed, preprocessing.crop)
+    train_images = TrainImages(
+        data.train.paths, ImageCache(cache), config.seed, preprocessing.crop, config.smallest_crop
+    )
     train_loader = ImageLoader(
-        train_images, KeyBatches(len(data.train), *share), num_workers, device
+        train_images,
+        KeyBatches(len(data.train), *share),
+        num_workers,
+        device,
+        workers_stay=not config.cache_views,
     )
     val_images = EvalImages(data.val.paths, preprocessing)
     val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
@@ -280,4 +300,6 @@ def feature_sources(
     train = FeatureSource(
         train_loader, data.train.labels, part, config.cache_views, train_store, processes
     )
-    return train, FeatureSource(val_loader, data.val.labels, part, 1, val_store, processes)
+    most_bytes = MOST_VALIDATION_BYTES / processes.world_size
+    val = FeatureSource(val_loader, data.val.labels, part, 1, val_store, processes, most_bytes)
+    return train, val

@@ -76,10 +76,13 @@ class BaseData:
 
 
 def normalise_class_name(name: str) -> str:
-    """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left."""
+    """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left.
+
+    A name does not begin with what makes a spreadsheet compute it.
+    """
     # Unicode 3.13 D145 folds between two normalisations; otherwise a second call changes more.
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
-    return re.sub(r"[\s_\-\u2010-\u2015]+", "_", folded).lstrip("._").rstrip("_")
+    return re.sub(r"[\s_\-\u2010-\u2015]+", "_", folded).lstrip("._=+@").rstrip("_")
 
 
 def listing(names: Sequence[str], limit: int = 10) -> str:

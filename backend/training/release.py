@@ -7,6 +7,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from app.ml.artifacts import (
     CONFIG_NAME,
     FORMAT_VERSION,
     DamagedArtifactError,
+    Decision,
     ModelRecord,
     SaveError,
     list_versions,
@@ -34,8 +36,13 @@ from app.ml.preprocessing import PreprocessConfig, normalize
 from training.batches import EvalImages, ImageLoader, KeyBatches
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
-from training.decision import class_centroids, fit_decision
-from training.evaluation import evaluate, prediction_rows, write_predictions_csv
+from training.decision import class_centroids, fit_decision, verdict_shares
+from training.evaluation import (
+    PREDICTIONS_NAME,
+    evaluate,
+    prediction_rows,
+    write_predictions_csv,
+)
 from training.report import write_confusion_matrix, write_model_card, write_report
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
@@ -79,6 +86,19 @@ class Predictions:
     left_out: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What calibrating and testing found: all that is released beside the weights."""
+
+    preprocessing: PreprocessConfig
+    decision: Decision
+    centroids: Tensor
+    results: dict[str, Any]
+    rows: list[dict[str, Any]]
+    verdicts: dict[str, Any]
+    left_out: dict[str, str]
+
+
 def release_model(
     model: nn.Module, data: FoodData, facts: RunFacts, device: torch.device
 ) -> ModelRecord:
@@ -92,81 +112,118 @@ def release_model(
         make_current(config.output_dir, record)
         return record
     model = model.cpu().eval()
-    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
-    network = TorchNetwork(model, config.model_name, device)
-    logger.info("calibrating on %d validation images", len(data.val))
-    workers = facts.num_workers
-    val = predict_split(network, data.val, preprocessing, workers, device)
-    known = predict_split(network, some_of_each(data.train), preprocessing, workers, device)
-    centroids = class_centroids(known.pooled, known.labels, len(data.class_to_idx))
-    similarities = nearest_centroid(val.pooled, centroids).numpy()
-    decision = fit_decision(val.logits, val.labels, similarities)
-    logger.info("testing on %d images", len(data.test))
-    test = predict_split(network, data.test, preprocessing, workers, device)
-    classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
-    results = evaluate(test.logits, test.labels, classes, temperature=decision.temperature)
-    rows = prediction_rows(test.paths, test.labels, test.logits, classes, decision.temperature)
-    best = facts.history[facts.best_epoch - 1]
-
-    def make_record(version: int, sha256: dict[str, str]) -> ModelRecord:
-        return ModelRecord(
-            format_version=FORMAT_VERSION,
-            version=version,
-            model_name=config.model_name,
-            class_to_idx=data.class_to_idx,
-            preprocessing=preprocessing,
-            decision=decision,
-            sha256=sha256,
-            metrics={
-                "test_top1": results["top1"],
-                "test_top1_ci95": results["top1_ci95"],
-                "test_top5": results["top5"],
-                "test_loss": results["loss"],
-                "test_ece": results["calibration"]["ece_after"],
-                "test_images": results["num_images"],
-                "best_epoch": facts.best_epoch,
-                "val_acc": best["val_acc"],
-                "val_loss": best["val_loss"],
-            },
-            training={
-                "run": facts.run_name,
-                "epochs_done": len(facts.history),
-                **config.to_dict(),
-            },
-            libraries=library_versions(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-
-    def write_reports(folder: Path, record: ModelRecord) -> None:
-        left_out = {**facts.left_out, **val.left_out, **test.left_out}
-        page_facts = report_facts(record, facts, data, left_out)
-        text = json.dumps({**results, "run": facts.run_name}, indent=2, ensure_ascii=False)
-        (folder / "evaluation_results.json").write_text(text, encoding="utf-8")
-        write_predictions_csv(folder / "test_predictions.csv", rows)
-        write_confusion_matrix(results, folder / "confusion_matrix.png")
-        write_report(
-            folder / "report.html",
-            results=results,
-            rows=rows,
-            history=facts.history,
-            facts=page_facts,
-        )
-        write_model_card(folder / "MODEL_CARD.md", results=results, facts=page_facts)
-
-    def verify(folder: Path) -> None:
-        images = _first_images(data.test, preprocessing)
-        plain = TorchNetwork(model, config.model_name, torch.device("cpu"))
-        check_logits(folder, images, plain(normalize(images, preprocessing))[0])
-
+    examined = examine(model, data, facts, device)
     return save_version(
         config.output_dir,
         state={name: t.contiguous() for name, t in model.state_dict().items()},
-        centroids=centroids,
-        onnx=export_onnx(model, config.model_name, preprocessing),
-        make_record=make_record,
-        write_report=write_reports,
-        verify=verify,
+        centroids=examined.centroids,
+        onnx=export_onnx(model, config.model_name, examined.preprocessing),
+        make_record=partial(make_record, data, facts, examined),
+        write_report=partial(write_reports, data, facts, examined),
+        verify=partial(verify, model, data, facts, examined),
     )
+
+
+def examine(model: nn.Module, data: FoodData, facts: RunFacts, device: torch.device) -> Examined:
+    """Fit on the validation split how logits become an answer, then test once."""
+    model_name = facts.config.model_name
+    preprocessing = PreprocessConfig(**backbone(model_name).preprocessing)
+    network = TorchNetwork(model, model_name, device)
+
+    def predicted(split: Split) -> Predictions:
+        return predict_split(network, split, preprocessing, facts.num_workers, device)
+
+    logger.info("calibrating on %d validation images", len(data.val))
+    val, known = predicted(data.val), predicted(some_of_each(data.train))
+    centroids = class_centroids(known.pooled, known.labels, len(data.class_to_idx))
+
+    def scored(split: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return split.logits, split.labels, nearest_centroid(split.pooled, centroids).numpy()
+
+    decision = fit_decision(*scored(val))
+    logger.info("testing on %d images", len(data.test))
+    test, temperature = predicted(data.test), decision.temperature
+    classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
+    return Examined(
+        preprocessing=preprocessing,
+        decision=decision,
+        centroids=centroids,
+        results=evaluate(test.logits, test.labels, classes, temperature=temperature),
+        rows=prediction_rows(test.paths, test.labels, test.logits, classes, temperature),
+        verdicts={
+            "validation": verdict_shares(decision, *scored(val)),
+            "test": verdict_shares(decision, *scored(test)),
+        },
+        left_out={**facts.left_out, **val.left_out, **test.left_out},
+    )
+
+
+def make_record(
+    data: FoodData, facts: RunFacts, examined: Examined, version: int, sha256: dict[str, str]
+) -> ModelRecord:
+    """Everything about the version but its weights."""
+    return ModelRecord(
+        format_version=FORMAT_VERSION,
+        version=version,
+        model_name=facts.config.model_name,
+        class_to_idx=data.class_to_idx,
+        preprocessing=examined.preprocessing,
+        decision=examined.decision,
+        sha256=sha256,
+        metrics=_metrics(examined.results, facts),
+        training={
+            "run": facts.run_name,
+            "epochs_done": len(facts.history),
+            **facts.config.to_dict(),
+        },
+        libraries=library_versions(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _metrics(results: dict[str, Any], facts: RunFacts) -> dict[str, Any]:
+    best = facts.history[facts.best_epoch - 1]
+    return {
+        "test_top1": results["top1"],
+        "test_top1_ci95": results["top1_ci95"],
+        "test_top5": results["top5"],
+        "test_loss": results["loss"],
+        "test_ece": results["calibration"]["ece_after"],
+        "test_images": results["num_images"],
+        "best_epoch": facts.best_epoch,
+        "val_acc": best["val_acc"],
+        "val_loss": best["val_loss"],
+    }
+
+
+def write_reports(
+    data: FoodData, facts: RunFacts, examined: Examined, folder: Path, record: ModelRecord
+) -> None:
+    """Fill the version's report folder."""
+    results, rows = examined.results, examined.rows
+    page_facts = report_facts(record, facts, data, examined)
+    told = {"verdicts": examined.verdicts, "run": facts.run_name}
+    text = json.dumps({**results, **told}, indent=2, ensure_ascii=False)
+    (folder / "evaluation_results.json").write_text(text, encoding="utf-8")
+    write_predictions_csv(folder / PREDICTIONS_NAME, rows)
+    write_confusion_matrix(results, folder / "confusion_matrix.png")
+    write_report(
+        folder / "report.html",
+        results=results,
+        rows=rows,
+        history=facts.history,
+        facts=page_facts,
+    )
+    write_model_card(folder / "MODEL_CARD.md", results=results, facts=page_facts)
+
+
+def verify(
+    model: nn.Module, data: FoodData, facts: RunFacts, examined: Examined, folder: Path
+) -> None:
+    """Compare the saved version with the trained network; see `check_logits`."""
+    images = _first_images(data.test, examined.preprocessing)
+    plain = TorchNetwork(model, facts.config.model_name, torch.device("cpu"))
+    check_logits(folder, images, plain(normalize(images, examined.preprocessing))[0])
 
 
 def _version_of(facts: RunFacts, output_dir: Path) -> ModelRecord | None:
@@ -279,10 +336,10 @@ def library_versions() -> dict[str, str]:
 
 
 def report_facts(
-    record: ModelRecord, facts: RunFacts, data: FoodData, left_out: dict[str, str]
+    record: ModelRecord, facts: RunFacts, data: FoodData, examined: Examined
 ) -> dict[str, Any]:
     """What the report and the model card say beside the numbers."""
-    named = [{"path": path, "reason": reason} for path, reason in left_out.items()]
+    named = [{"path": path, "reason": reason} for path, reason in examined.left_out.items()]
     epochs = facts.history
     return {
         "model_name": record.model_name,
@@ -292,6 +349,7 @@ def report_facts(
         "stop_reason": "early stopping" if facts.stopped_early else "all epochs done",
         "config": facts.config.to_dict(),
         "classes": record.classes,
+        "verdicts": examined.verdicts,
         "audit": {**data.audit, "left_out": [*data.audit["left_out"], *named]},
         "versions": record.libraries,
         "timings": {"training": sum(epoch["seconds"] for epoch in epochs)},

@@ -7,18 +7,18 @@ import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import seaborn
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from PIL import ImageOps
 
 from app.ml.preprocessing import ImageError, load_image
 from training.evaluation import wilson_interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 THUMBNAIL_SIZE = 180  # pixels; a few more than shown, so that phones with dense screens look sharp
 THUMBNAIL_QUALITY = 80
@@ -36,6 +36,8 @@ FOOD101_TERMS = (
 
 def write_confusion_matrix(results: dict[str, Any], path: Path) -> None:
     """Draw the matrix as PNG: right answers blue, mistakes orange, counts in the cells."""
+    from matplotlib.figure import Figure  # takes a second, which only a release should pay
+
     counts, classes = np.array(results["confusion_matrix"]), results["classes"]
     labels = [_shortened(name, 32) for name in classes]
     cell = float(np.interp(len(classes), [10, 101], [0.6, 0.24]))  # inches; 0.24 holds 7.5 points
@@ -44,35 +46,10 @@ def write_confusion_matrix(results: dict[str, Any], path: Path) -> None:
     side = max(matrix + names + 0.8, 4.5)
     figure = Figure(figsize=(side, side))
     axes = figure.add_axes((names / side, names / side, matrix / side, matrix / side))
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     diagonal = np.eye(len(classes), dtype=bool)
     # mistakes are small shares: their scale ends at 0.3 so that a 10 % confusion is seen
-    for shown, colours, top in ((diagonal, "Blues", 1.0), (~diagonal, "Oranges", 0.3)):
-        seaborn.heatmap(
-            shares,
-            mask=~shown | (counts == 0),
-            cmap=colours,
-            vmin=0,
-            vmax=top,
-            cbar=False,
-            linewidths=0.4,
-            linecolor="#dddddd",
-            # seaborn's own labels and annotations take half a minute for 101 classes
-            xticklabels=False,
-            yticklabels=False,
-            ax=axes,
-        )
-        for row, column in zip(*(counts * shown).nonzero(), strict=True):
-            colour = "white" if shares[row, column] > 0.6 * top else "black"
-            middle = (column + 0.5, row + 0.5)
-            axes.annotate(
-                str(counts[row, column]),
-                middle,
-                color=colour,
-                size=points,
-                ha="center",
-                va="center_baseline",
-            )
+    _draw_cells(axes, counts, diagonal, "Blues", 1.0, points)
+    _draw_cells(axes, counts, ~diagonal, "Oranges", 0.3, points)
     axes.set_xticks(np.arange(len(classes)) + 0.5, labels, rotation=90)
     axes.set_yticks(np.arange(len(classes)) + 0.5, labels)
     axes.grid(visible=False)
@@ -85,6 +62,38 @@ def write_confusion_matrix(results: dict[str, Any], path: Path) -> None:
     title = f"{results['num_images']:,} test images, top-1 {_percent(results['top1'])}"
     axes.set_title(title, fontsize=points + 5, loc="left", pad=12)
     figure.savefig(path, dpi=130, format="png")
+
+
+def _draw_cells(
+    axes: "Axes", counts: np.ndarray, shown: np.ndarray, colours: str, top: float, points: float
+) -> None:
+    """Colour the shown cells by their share of the row, `top` the darkest, with their counts."""
+    import seaborn
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    seaborn.heatmap(
+        shares,
+        mask=~shown | (counts == 0),
+        cmap=colours,
+        vmin=0,
+        vmax=top,
+        cbar=False,
+        linewidths=0.4,
+        linecolor="#dddddd",
+        # seaborn's own labels and annotations take half a minute for 101 classes
+        xticklabels=False,
+        yticklabels=False,
+        ax=axes,
+    )
+    for row, column in zip(*(counts * shown).nonzero(), strict=True):
+        axes.annotate(
+            str(counts[row, column]),
+            (column + 0.5, row + 0.5),
+            color="white" if shares[row, column] > 0.6 * top else "black",
+            size=points,
+            ha="center",
+            va="center_baseline",
+        )
 
 
 def write_report(
@@ -125,6 +134,18 @@ def write_report(
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
+def write_comparison(path: Path, comparison: dict[str, Any]) -> list[str]:
+    """Write what `training.comparing` found as one page; the pictures that are gone, by path."""
+    shown = {
+        kind: [_with_thumbnail(row) for row in rows[:MISTAKES_SHOWN]]
+        for kind, rows in comparison["flips"].items()
+    }
+    template = _environment().get_template("comparison_template.html")
+    page = template.render(comparison=comparison, shown=shown)
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return [row["file"] for rows in shown.values() for row in rows if not row["thumbnail"]]
+
+
 def write_model_card(path: Path, *, results: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write MODEL_CARD.md from the recorded facts; what was not recorded is not claimed."""
     title = f"# {_markdown(facts['model_name'])}, version {_markdown(facts['version'])}"
@@ -132,7 +153,7 @@ def write_model_card(path: Path, *, results: dict[str, Any], facts: dict[str, An
         "Model": _card_model(facts),
         "Data": _card_data(facts["audit"], facts["classes"]),
         "Licence notes": _card_licences(facts),
-        "Metrics": _card_metrics(results),
+        "Metrics": [*_card_metrics(results), *_card_verdicts(facts["verdicts"]["test"])],
         "Intended use": [
             "Naming the dish in one photo, when the photo shows one of the classes listed above.",
             "Not for decisions about allergies or health: a wrong answer can look certain.",
@@ -152,7 +173,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "seconds": _seconds, "breakable": _breakable}
+    environment.filters |= {
+        "percent": _percent,
+        "points": _points,
+        "seconds": _seconds,
+        "breakable": _breakable,
+    }
     return environment
 
 
@@ -171,6 +197,8 @@ def _chart(
     title: str, history: list[dict[str, Any]], series: dict[str, str], number: str
 ) -> dict[str, Any]:
     """Place one chart's lines and ticks in the coordinates of CHART."""
+    from matplotlib.ticker import MaxNLocator
+
     values = [record[key] for key in series for record in history]
     # accuracy curves use the room they need; a loss or a rate is read against zero
     lowest = min(values) if title == "Accuracy" else 0.0
@@ -249,6 +277,12 @@ def _audit_summary(audit: dict[str, Any]) -> dict[str, Any]:
 
 def _percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
+def _points(change: float) -> str:
+    """A difference of two shares, in points, with a sign that is as wide as a digit."""
+    sign = "+" if change > 0 else "\N{MINUS SIGN}" if change < 0 else "\N{PLUS-MINUS SIGN}"
+    return f"{sign}{abs(100 * change):.1f}"
 
 
 def _seconds(value: Any) -> str:
@@ -330,6 +364,15 @@ def _card_metrics(results: dict[str, Any]) -> list[str]:
         f"| {calibration['ece_after']:.3f} | a perfectly calibrated model shows about "
         f"{calibration['ece_by_chance']:.3f} by chance |",
         f"| Brier score (0 to 2) | {calibration['brier_after']:.3f} | |",
+    ]
+
+
+def _card_verdicts(verdicts: dict[str, Any]) -> list[str]:
+    sure = verdicts["confident"]
+    right = "" if sure["accuracy"] is None else f", {_percent(sure['accuracy'])} of them right"
+    return [
+        f"| answers called confident | {_percent(sure['share'])}{right} | |",
+        f"| test pictures called not food | {_percent(verdicts['not_food']['share'])} | |",
     ]
 
 

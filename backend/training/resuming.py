@@ -1,5 +1,6 @@
 """When a run is saved, how it is stopped by a signal, and which checkpoint it goes on from."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -24,7 +25,7 @@ from training.checkpoints import (
 from training.config import TrainingConfig, differences
 from training.datasets import FoodData, Split
 from training.distributed import Processes
-from training.run_state import Run, fingerprint, unpack_data
+from training.run_state import Run, file_sha256, fingerprint, unpack_data
 
 CHECKPOINT_SECONDS = 300  # at most this much work is lost to a power cut inside an epoch
 FINISHED_NAME = "finished.json"
@@ -82,20 +83,22 @@ class Keeper:
     def __init__(
         self, run: Run, run_dir: Path, processes: Processes, checkpoint: Checkpoint | None
     ) -> None:
-        """Raises: OSError, where the folder cannot be made or written."""
+        """Raises: OSError, where the folder cannot be made or written; CheckpointError, where
+        another process has the run."""
         self.run, self.run_dir, self.processes = run, run_dir, processes
         self.last_good = checkpoint.path if checkpoint else None
         self._saved_at = time.monotonic()
-        self._lock = FileLock(run_dir / LOCK_NAME)
+        self._lock: FileLock | None = None
         if processes.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=ORPHAN_SECONDS)
+            self._lock = lock_run(run_dir)
         self.stop = StopRequest()
 
     def close(self) -> None:
         """Give the signals back to whom they belonged, and the run to other processes."""
         self.stop.close()
-        self._lock.release()
+        if self._lock:
+            self._lock.release()
 
     def save(self) -> None:
         """Write one; a full disk is said and survived, as the checkpoint before it is whole."""
@@ -134,7 +137,7 @@ def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None
         return None
 
     def unusable(state: dict[str, Any]) -> str | None:
-        differing = list(differences(config.exact_settings(), state["config"]))
+        differing = list(differences(config.exact_settings(), _settings_of_run(state, config)))
         if not differing and state["data_fingerprint"] != fingerprint(data):
             differing = _new_in(data, unpack_data(state["packed_data"]))
         return f"it belongs to another run: {'; '.join(differing)}" if differing else None
@@ -145,8 +148,7 @@ def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None
             logger.info("nothing to resume in %s; a new run starts", config.checkpoint_dir)
         return checkpoint
     path = Path(config.resume).expanduser()
-    if _is_in_use(path if path.is_dir() else path.parent):
-        raise CheckpointError(f"--resume {path}: another process is training this run")
+    _check_free(path if path.is_dir() else path.parent)
     if path.is_dir():
         checkpoint = newest_checkpoint([path], unusable)
         if checkpoint is None:
@@ -158,23 +160,44 @@ def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None
     return checkpoint
 
 
+def _settings_of_run(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any]:
+    """The settings of a checkpoint, in the words of today's where those mean the same."""
+    then = dict(state["config"])
+    if config.precision == state["precision"]:  # spelt out now, auto then
+        then["precision"] = config.precision
+    path = Path(config.weights)
+    if sha256 := file_sha256(path):
+        is_same = sha256 == state["weights_sha256"]
+    else:  # a word, or a file that is gone: the checkpoint holds all that came from it
+        is_same = path.name == Path(then["weights"]).name
+    if is_same:
+        then["weights"] = config.weights
+    elif then["weights"] == config.weights:
+        then["weights"] += " with other content"
+    return then
+
+
 def _unfinished(config: TrainingConfig) -> Iterator[Path]:
     """The folders of the runs that can go on, the one written to last first."""
     for run_dir in run_folders(config.checkpoint_dir):
         if _is_finished(run_dir, config):
             continue
-        if _is_in_use(run_dir):
-            logger.warning("passed over %s: another process is training this run", run_dir)
+        try:
+            _check_free(run_dir)
+        except CheckpointError as error:
+            logger.warning("passed over: %s", error)
             continue
         yield run_dir
 
 
 def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
-    """Released, and not asked to train for longer."""
+    """Released, and neither more epochs nor more patience would let it go on."""
     path = run_dir / FINISHED_NAME
     try:
         finished = json.loads(path.read_text(encoding="utf-8"))
-        return bool(finished["stopped_early"] or finished["epochs"] >= config.epochs)
+        waited = finished["epochs_without_lower_loss"]
+        done = finished["epochs"] >= config.epochs
+        return bool(done or waited >= config.early_stopping_patience)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -182,14 +205,33 @@ def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
         return False
 
 
-def _is_in_use(run_dir: Path) -> bool:
-    if not (run_dir / LOCK_NAME).exists():
-        return False
+def lock_run(run_dir: Path) -> FileLock:
+    """Keep other processes from a run until the lock is released or this process ends.
+
+    Raises:
+        CheckpointError: another process has it, or the disk cannot lock files.
+    """
+    lock = FileLock(run_dir / LOCK_NAME)
     try:
-        with FileLock(run_dir / LOCK_NAME, timeout=ORPHAN_SECONDS):
-            return False
-    except Timeout:
-        return True
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=0)
+            return lock
+        logger.info("%s is in use; waiting up to %g s for it", run_dir, ORPHAN_SECONDS)
+        lock.acquire(timeout=ORPHAN_SECONDS)
+    except Timeout as error:
+        raise CheckpointError(
+            f"{run_dir}: another process is training this run; let it end first"
+        ) from error
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{run_dir}: its disk cannot lock files; take another one for --checkpoint_dir"
+        ) from error
+    return lock
+
+
+def _check_free(run_dir: Path) -> None:
+    if (run_dir / LOCK_NAME).exists():
+        lock_run(run_dir).release()
 
 
 def _new_in(data: FoodData, then: FoodData) -> list[str]:
@@ -241,6 +283,6 @@ def mark_finished(run_dir: Path, run: Run, version: int) -> None:
     facts = {
         "version": version,
         "epochs": run.progress.epoch,
-        "stopped_early": run.verdict.should_stop,
+        "epochs_without_lower_loss": run.verdict.epochs_without_lower_loss,
     }
     write_durably(run_dir / FINISHED_NAME, json.dumps(facts).encode())

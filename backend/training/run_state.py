@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from app.ml.model import TrainedPart
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
+from training.devices import choose_dtype
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 logger = logging.getLogger(__name__)
 
@@ -169,16 +172,37 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # path -> why it could not be read
+    weights_sha256: str = ""  # of the file that it began with, if it was one
+
+    def __post_init__(self) -> None:
+        self.weights_sha256 = file_sha256(Path(self.config.weights)) or ""
+
+    @property
+    def precision(self) -> str:
+        """What "auto" means here: fp32, bf16 or fp16."""
+        device = next(self.model.parameters()).device
+        return PRECISIONS[choose_dtype(self.config.precision, device)]
 
     @property
     def is_done(self) -> bool:
         return self.progress.epoch >= self.config.epochs or self.verdict.should_stop
+
+    def train_mode(self) -> None:
+        """Let the trained part behave as in training; batch-norm keeps its pretrained statistics
+        unless the run is told to train them, or has none."""
+        self.trained.train()
+        if self.config.batch_norm == "fixed" and self.config.weights != "none":
+            for module in self.trained.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
 
     def state(self) -> dict[str, Any]:
         """The whole run in tensors, numbers, strings, lists and dicts."""
         return {
             "name": self.name,
             "config": self.config.exact_settings(),
+            "precision": self.precision,
+            "weights_sha256": self.weights_sha256,
             "data_fingerprint": self.data_fingerprint,
             "packed_data": self.packed_data,
             "left_out": self.left_out,
@@ -197,7 +221,15 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.name = state["name"]
+        if state["precision"] != self.precision:
+            logger.warning(
+                "this run computed in %s so far and goes on in %s, with other rounding; "
+                "--precision %s keeps to the first",
+                state["precision"],
+                self.precision,
+                state["precision"],
+            )
+        self.name, self.weights_sha256 = state["name"], state["weights_sha256"]
         self.progress = Progress(**state["progress"])
         self.verdict = Verdict(
             **{**state["verdict"], "patience": self.config.early_stopping_patience}
@@ -213,6 +245,11 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.micro_batch.size = state["micro_batch_size"]
         self.left_out.update(state["left_out"])
+
+
+def file_sha256(path: Path) -> str | None:
+    """None where there is no such file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def plain_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:

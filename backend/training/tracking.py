@@ -169,7 +169,7 @@ class MlflowMirror:
             return cls(run_dir)
         return cls(run_dir, process)
 
-    def close(self, timeout: float = 10.0) -> str | None:
+    def close(self, timeout: float = 9.5) -> str | None:
         """Says that the run is over and returns one line on where MLflow stands.
 
         A mirror that needs more than `timeout` seconds goes on by itself for up to a minute, as

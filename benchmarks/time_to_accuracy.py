@@ -1,0 +1,100 @@
+"""How long until the test images are told apart this well, against the usual loop?
+
+    python benchmarks/time_to_accuracy.py --accuracy 0.9             on drawn plates
+    python benchmarks/time_to_accuracy.py --accuracy 0.7 --data_dir FOLDER --weights FILE
+
+Both sides of training_speed.py train in turn, an epoch each, until each has reached the accuracy
+once or has done --epochs. Scoring the test images afterwards is the same for both and stands
+outside the clock; our own validation, which the usual loop has none of, stands inside.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import alternating
+import torch
+import training_speed
+from torch import nn
+
+import train_model
+from app.ml.model import ServedNetwork, backbone, inference_copy
+from app.ml.preprocessing import PreprocessConfig, normalize
+from training.batches import EvalImages, ImageLoader, KeyBatches
+from training.datasets import Split
+
+CPU = torch.device("cpu")
+
+
+class Loop(Protocol):
+    def epoch(self) -> int: ...
+
+
+@dataclass
+class Side:
+    """One of the two, with its clock."""
+
+    name: str
+    loop: Loop
+    model: Callable[[], nn.Module]
+    seconds: float = 0.0
+    epochs: int = 0
+    best: float = 0.0
+
+    def train(self) -> None:
+        began = time.perf_counter()
+        self.loop.epoch()
+        self.seconds += time.perf_counter() - began
+        self.epochs += 1
+
+
+def score(model: nn.Module, model_name: str, split: Split) -> float:
+    """The share of the images that the network names."""
+    recipe = PreprocessConfig(**backbone(model_name).preprocessing)
+    network = inference_copy(ServedNetwork(model, model_name).eval(), CPU, torch.float32)
+    loader = ImageLoader(EvalImages(split.paths, recipe), KeyBatches(len(split), 64), 0, CPU)
+    hits = 0
+    with torch.inference_mode():
+        for batch in loader.batches(epoch=0, view=0):
+            answers = network(normalize(batch.images, recipe))[0].argmax(1)
+            hits += int((answers == torch.from_numpy(split.labels)[batch.indices]).sum())
+    return hits / len(split)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    training_speed.add_data_flags(parser)
+    parser.add_argument("--accuracy", type=float, required=True)
+    parser.add_argument("--epochs", type=int, default=10)
+    options = parser.parse_args()
+    print(alternating.machine())
+    with tempfile.TemporaryDirectory() as folder:
+        config = training_speed.config_from(options, Path(folder))
+        data = train_model.load_data(config)
+        ours = training_speed.OurLoop(config, data, Path(folder), validates=True)
+        plain = training_speed.PlainLoop(config, data)
+        sides = [Side("plain", plain, lambda: plain.model), Side("ours", ours, ours.averaged)]
+        while waiting := [
+            side for side in sides if side.best < options.accuracy and side.epochs < options.epochs
+        ]:
+            for side in waiting:
+                side.train()
+                accuracy = score(side.model(), config.model_name, data.test)
+                side.best = max(side.best, accuracy)
+                print(
+                    f"{side.name:<6} epoch {side.epochs:>2}  {side.seconds:7.1f} s  "
+                    f"test top-1 {accuracy:.3f}",
+                    flush=True,
+                )
+    for side in sides:
+        reached = "reached" if side.best >= options.accuracy else "not reached, best"
+        print(f"{side.name}: {reached} {side.best:.3f} after {side.seconds:.1f} s")
+    print(f"ratio {sides[0].seconds / sides[1].seconds:.1f} x")
+
+
+if __name__ == "__main__":
+    main()
