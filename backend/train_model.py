@@ -63,7 +63,7 @@ from training.config import (
 )
 from training.datasets import DataError, FoodData, load_food_data
 from training.depthwise import float32_gradients
-from training.devices import choose_device, choose_dtype
+from training.devices import choose_device, choose_dtype, reuse_freed_memory
 from training.distributed import Processes, join_processes, shared_gradients
 from training.features import FeatureSource, feature_sources
 from training.recording import recorded
@@ -256,12 +256,17 @@ def log_epoch(metrics: dict[str, float], run: Run, is_best: bool) -> None:
 
 
 def build_run(
-    config: TrainingConfig, data: FoodData, device: torch.device
+    config: TrainingConfig, data: FoodData, device: torch.device, *, pretrained: bool = True
 ) -> tuple[Run, nn.Module]:
-    """The network with all that trains it, and its frozen layers."""
+    """The network with all that trains it, and its frozen layers.
+
+    pretrained: False where a checkpoint will be restored, which holds all weights.
+    """
     torch.manual_seed(config.seed)
     model = build_model(config.model_name, len(data.class_to_idx))
-    origin = load_pretrained(model, config.model_name, config.weights)
+    origin = "weights of the checkpoint"
+    if pretrained:
+        origin = load_pretrained(model, config.model_name, config.weights)
     num_layers = len(backbone(config.model_name).layers(model))
     freeze = num_layers if config.freeze_layers == "all" else int(config.freeze_layers)
     try:
@@ -319,11 +324,12 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         logging.disable(logging.WARNING)
     device = choose_device(config.device, processes.local_rank)
     log_settings(config)
+    reuse_freed_memory()
     data = processes.from_main(lambda: load_data(config))
     checkpoint = processes.from_main(lambda: find_checkpoint(config, data))
     if checkpoint:
         data = data_of_run(checkpoint, data)
-    run, frozen = build_run(config, data, device)
+    run, frozen = build_run(config, data, device, pretrained=checkpoint is None)
     run.name = processes.from_main(lambda: run.name)
     if checkpoint:
         run.restore(checkpoint.state)

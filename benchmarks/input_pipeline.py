@@ -23,6 +23,7 @@ from app.ml.preprocessing import PreprocessConfig
 from training.augmentation import color_jitter
 from training.batches import Key, TrainImages, collate
 from training.config import TrainingConfig
+from training.devices import reuse_freed_memory
 from training.image_cache import ImageCache
 
 BATCH = 32
@@ -50,6 +51,7 @@ def main() -> None:
     )
 
     def plain() -> int:
+        alternating.usual_memory()
         for start in range(0, len(paths), BATCH):
             part = paths[start : start + BATCH]
             torch.stack([plain_transform(Image.open(path).convert("RGB")) for path in part])
@@ -61,6 +63,7 @@ def main() -> None:
         )
 
         def ours() -> int:
+            reuse_freed_memory()
             for start in range(0, len(paths), BATCH):
                 keys = [Key(i, 0, i) for i in range(start, min(start + BATCH, len(paths)))]
                 batch = collate([images[key] for key in keys], recipe.crop)

@@ -28,6 +28,7 @@ from app.ml.model import backbone, build_model, load_pretrained, split_model
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
 from training.depthwise import float32_gradients
+from training.devices import reuse_freed_memory
 from training.distributed import Processes
 from training.features import feature_sources
 from training.resuming import Keeper
@@ -74,6 +75,7 @@ class PlainLoop:
         self.optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
 
     def epoch(self) -> int:
+        alternating.usual_memory()
         self.model.train()
         count = 0
         for images, labels in self.loader:
@@ -100,6 +102,7 @@ class OurLoop:
 
     def epoch(self) -> int:
         run = self.run
+        reuse_freed_memory()
         with float32_gradients(run.trained, CPU, self.source.frozen.dtype):
             train_model.train_epoch(run, run.trained, self.source, self.keeper, Processes())
         count = run.progress.count

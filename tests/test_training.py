@@ -416,6 +416,22 @@ def test_a_longer_run_goes_on_where_the_finished_one_stopped(
     assert len(list((tmp_path / "runs").glob("mobilenet*"))) == 2
 
 
+def test_resuming_needs_no_pretrained_file(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a fresh disk without internet: the checkpoint holds what came from it."""
+    file = weights_of_known_scale(tmp_path / "weights.pth")
+    weights = ("--weights", str(file), "--resume", "auto")
+    assert train(tmp_path / "whole", photos, *weights) == 0
+    with monkeypatch.context() as patch:
+        after(patch, step, "add_gradients", 6, send(signal.SIGTERM))
+        assert train(tmp_path / "cut", photos, *weights) == 143
+    file.unlink()
+    assert train(tmp_path / "cut", photos, *weights) == 0
+    assert "weights of the checkpoint" in caplog.text
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 def test_a_run_that_stopped_early_goes_on_with_more_patience(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,12 +1,27 @@
 """Where a run computes, and in which number format."""
 
+import ctypes
 import logging
 import platform
 from typing import Any
 
 import torch
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
 logger = logging.getLogger(__name__)
+
+
+def reuse_freed_memory(largest_block: int = 1 << 30, at_most: int = (1 << 31) - 1) -> None:
+    """Let this process keep the large blocks it frees for its next batch.
+
+    glibc gives them back to the system, which hands them out again page by page, all zeros: that
+    was a quarter of the time that an augmented image takes. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, largest_block)
+        libc.mallopt(M_TRIM_THRESHOLD, at_most)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
