@@ -20,8 +20,11 @@ def reuse_freed_memory(largest_block: int = 1 << 30, at_most: int = (1 << 31) - 
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, largest_block)
-        libc.mallopt(M_TRIM_THRESHOLD, at_most)
+        # Older ones refuse more than 32 MB; trimming alone would switch their own rule off.
+        if libc.mallopt(M_MMAP_THRESHOLD, largest_block) or libc.mallopt(
+            M_MMAP_THRESHOLD, 32 << 20
+        ):
+            libc.mallopt(M_TRIM_THRESHOLD, at_most)
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
