@@ -27,6 +27,7 @@ from torch import Tensor
 from app.ml.artifacts import report_folder_name
 from app.ml.predictor import FoodPredictor, load_model_for_inference, nearest_centroid
 from app.ml.preprocessing import normalize
+from training.decision import verdict_shares
 
 SIDE = 320
 OF_EACH = 25
@@ -229,19 +230,15 @@ def main() -> None:
         print(f"  {name:<12} refused {refused:>3} of {len(images)}")
     food = test_images(options.model_dir, record.version)
     logits, similarities = outputs(model, [path for path, _ in food])
-    probabilities = (logits / decision.temperature).softmax(1)
-    labels = torch.tensor([record.class_to_idx[name] for _, name in food])
-    is_food = similarities >= decision.food_at
-    accepted = is_food & (probabilities.amax(1) >= decision.confident_at)
-    right = (probabilities.argmax(1) == labels).float()
+    labels = np.array([record.class_to_idx[name] for _, name in food])
+    said = verdict_shares(decision, logits.numpy(), labels, similarities.numpy())
     total = sum(len(result[1]) for result in other)
     refused = sum(int((result[1] < decision.food_at).sum()) for result in other)
     print(f"not food, refused   {refused / total:7.1%} of {total}")
-    print(f"food, refused       {1 - is_food.float().mean():7.1%} of {len(food)}")
-    print(
-        f"food, confident     {accepted.float().mean():7.1%}, "
-        f"of which right {right[accepted].mean():.1%}"
-    )
+    print(f"food, refused       {said['not_food']['share']:7.1%} of {len(food)}")
+    right = said["confident"]["accuracy"]
+    of_these = "" if right is None else f", of which right {right:.1%}"
+    print(f"food, confident     {said['confident']['share']:7.1%}{of_these}")
     other_logits = torch.cat([result[0] for result in other])
     other_similarities = torch.cat([result[1] for result in other])
     print(f"refused by each score where it refuses {FOOD_REFUSED:.0%} of food:")

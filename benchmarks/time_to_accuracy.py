@@ -22,10 +22,11 @@ import training_speed
 from torch import nn
 
 import train_model
-from app.ml.model import ServedNetwork, backbone, inference_copy
-from app.ml.preprocessing import PreprocessConfig, normalize
-from training.batches import EvalImages, ImageLoader, KeyBatches
+from app.ml.model import backbone
+from app.ml.predictor import TorchNetwork
+from app.ml.preprocessing import PreprocessConfig
 from training.datasets import Split
+from training.release import predict_split
 
 CPU = torch.device("cpu")
 
@@ -55,14 +56,8 @@ class Side:
 def score(model: nn.Module, model_name: str, split: Split) -> float:
     """The share of the images that the network names."""
     recipe = PreprocessConfig(**backbone(model_name).preprocessing)
-    network = inference_copy(ServedNetwork(model, model_name).eval(), CPU, torch.float32)
-    loader = ImageLoader(EvalImages(split.paths, recipe), KeyBatches(len(split), 64), 0, CPU)
-    hits = 0
-    with torch.inference_mode():
-        for batch in loader.batches(epoch=0, view=0):
-            answers = network(normalize(batch.images, recipe))[0].argmax(1)
-            hits += int((answers == torch.from_numpy(split.labels)[batch.indices]).sum())
-    return hits / len(split)
+    found = predict_split(TorchNetwork(model, model_name, CPU), split, recipe, 0, CPU)
+    return float((found.logits.argmax(axis=1) == found.labels).mean())
 
 
 def main() -> None:

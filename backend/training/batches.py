@@ -23,6 +23,7 @@ from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, lo
 from training.augmentation import crop_and_flip, draw_augmentation
 from training.image_cache import ImageCache
 
+MOST_READERS = 8
 # Python 3.14 would take a fork server, which outlives a trainer that is killed, as do its workers.
 START_METHOD = "fork" if sys.platform == "linux" else None
 
@@ -240,7 +241,13 @@ def default_num_workers(device: torch.device) -> int:
     """Worker processes of one trainer: beside a GPU its share of the cores, eight at most (each
     takes about 1 ms an image); where the cores compute, one, which leaves the loop no images to
     wait for and takes 4 % of two cores."""
-    may_ask = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if may_ask else os.cpu_count() or 1
+    cores = num_cores()
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    return min(8, max(1, cores // trainers)) if device.type == "cuda" else min(1, cores - 1)
+    share = min(MOST_READERS, max(1, cores // trainers))
+    return share if device.type == "cuda" else min(1, cores - 1)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    may_ask = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if may_ask else os.cpu_count() or 1

@@ -75,8 +75,9 @@ def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Pat
         print(line)  # noqa: T201
     page = model_dir / f"comparison_v{old_version}_v{new_version}.html"
     if gone := write_comparison(page, comparison):
-        some = ", ".join(gone[:PRINTED_NAMES]) + (" …" if len(gone) > PRINTED_NAMES else "")
-        logger.warning("pictures that the page cannot show any more: %d (%s)", len(gone), some)
+        logger.warning(
+            "pictures that the page cannot show any more: %d (%s)", len(gone), _some_of(gone)
+        )
     return page
 
 
@@ -269,12 +270,15 @@ def _notes(old: VersionTest, new: VersionTest, shared: list[str], paths: list[st
         notes.append(f"{moved:,} images that changed their class in between are left out.")
     for tested, other in ((old, new), (new, old)):
         if more := sorted(set(tested.record.classes) - set(other.record.classes)):
-            names = ", ".join(more[:PRINTED_NAMES]) + (" …" if len(more) > PRINTED_NAMES else "")
             notes.append(
-                f"{tested.name} alone knows {len(more):,} classes ({names}): it had more to "
-                "choose from."
+                f"{tested.name} alone knows {len(more):,} classes ({_some_of(more)}): it had more "
+                "to choose from."
             )
     return notes
+
+
+def _some_of(names: Sequence[str]) -> str:
+    return ", ".join(names[:PRINTED_NAMES]) + (" …" if len(names) > PRINTED_NAMES else "")
 
 
 def summary_lines(comparison: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What the arithmetic runs in; "auto" asks the hardware what it has natively."""
     if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        return DTYPES[precision]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16

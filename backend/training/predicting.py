@@ -14,7 +14,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from app.ml.predictor import FoodPredictor, Prediction
 from app.ml.preprocessing import IMAGE_EXTENSIONS, ImageError
-from training.batches import EvalImages, ImageLoader, KeyBatches, default_num_workers
+from training.batches import (
+    MOST_READERS,
+    EvalImages,
+    ImageLoader,
+    KeyBatches,
+    default_num_workers,
+    num_cores,
+)
 from training.image_sources import DataError, is_image_name, listing, visible
 
 BATCH_SIZE = 32
@@ -63,7 +70,7 @@ def reader_processes(setting: int | str, device: torch.device) -> int:
     """Without training, reading is half of the work on a CPU: "auto" gives it half of the cores."""
     if setting != "auto":
         return int(setting)
-    return max(default_num_workers(device), min(8, (os.cpu_count() or 1) // 2))
+    return max(default_num_workers(device), min(MOST_READERS, num_cores() // 2))
 
 
 def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> list[str]:

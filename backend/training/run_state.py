@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from app.ml.model import TrainedPart
 from training.config import TrainingConfig
 from training.datasets import FoodData, Split
-from training.devices import choose_dtype
-
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+from training.devices import DTYPES, choose_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +179,8 @@ class Run:
     def precision(self) -> str:
         """What "auto" means here: fp32, bf16 or fp16."""
         device = next(self.model.parameters()).device
-        return PRECISIONS[choose_dtype(self.config.precision, device)]
+        dtype = choose_dtype(self.config.precision, device)
+        return next(name for name, named in DTYPES.items() if named == dtype)
 
     @property
     def is_done(self) -> bool:
