@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
+import logging
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -9,6 +12,9 @@ import torch
 from app.ml.artifacts import FORMAT_VERSION, Decision, ModelRecord, save_version
 from app.ml.model import backbone, build_model, head_linear
 from app.ml.preprocessing import PreprocessConfig
+
+if TYPE_CHECKING:
+    from benchmarks.kill_test import Outcome
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -62,3 +68,42 @@ def shared_dir() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the real photos beside the repository, which are not part of it")
     return SHARED
+
+
+# Short trainings: what they need is imported where they are used -----------------------------
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """3 classes of 14 coloured pictures each: 27 to train on, 6 to validate with, 9 to test."""
+    from benchmarks.kill_test import draw_photos
+
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> "Outcome":
+    """What three epochs lead to when nothing happens."""
+    from benchmarks.kill_test import outcome
+    from tests.short_runs import costs_said, one_thread, quick_release, train
+
+    import train_model
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch, one_thread(), costs_said():
+        patch.setattr(train_model, "release_model", quick_release)
+        assert train(folder, photos) == 0
+    return outcome(folder)
+
+
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """On one thread, with a quick release, and with what the runs cost printed."""
+    from tests.short_runs import costs_said, one_thread, quick_release
+
+    import train_model
+
+    monkeypatch.setattr(train_model, "release_model", quick_release)
+    caplog.set_level(logging.INFO)
+    with one_thread(), costs_said():
+        yield

@@ -4,7 +4,6 @@ processes. The run says so, keeps what is good, goes on where it can, and no run
 import contextlib
 import errno
 import functools
-import logging
 import math
 import multiprocessing
 import os
@@ -23,15 +22,15 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.kill_test import BACKEND, Outcome, arguments, draw_photos, outcome, start
-from tests.test_training import (
+from tests.short_runs import (
     COSTS,
     EPOCHS,
     SECONDS,
     after,
-    costs_said,
     free_port,
     long_only,
     needs_fork,
+    one_thread,
     quick_release,
     send,
     train,
@@ -49,42 +48,16 @@ from training.features import FrozenPart
 from training.release import RunFacts
 from training.run_state import MicroBatch
 
+pytestmark = pytest.mark.usefixtures("short_runs")
 REAL_RELEASE = train_model.release_model
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return draw_photos(tmp_path_factory.mktemp("data") / "photos")
-
-
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    monkeypatch.setattr(train_model, "release_model", quick_release)
-    caplog.set_level(logging.INFO)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with costs_said():
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Outcome:
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch, costs_said():
-        patch.setattr(train_model, "release_model", quick_release)
-        torch.set_num_threads(1)
-        assert train(folder, photos) == 0
-    return outcome(folder)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> Path:
     """A run of one epoch that was stopped before its release; copy it, do not change it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(train_model, "release_model", send(signal.SIGTERM))
-        torch.set_num_threads(1)
         assert train(folder, photos, "--epochs", "1") == 143
     return folder
 
