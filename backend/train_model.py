@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ from training.step import autocast, train_step
 from training.tracking import RunRecord
 
 SYNC_SECONDS = 120
+GOES_ON = "; --resume auto goes on from the last checkpoint"
 SLOW_DATA_SHARE = 0.10  # above this share of waiting for images, the epoch line says what helps
 
 KNOWN_ERRORS = (DataError, WeightsError, CheckpointError, ArtifactError, ImageError)
@@ -340,12 +341,12 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     train_source.loader.left_out = val_source.loader.left_out = run.left_out
     with contextlib.closing(Keeper(run, run_dir, processes, checkpoint)) as keeper:
         with recorded(run, run_dir, checkpoint, device, processes) as ending:
-            with contextlib.closing(train_source), contextlib.closing(val_source):
-                try:
-                    fit(run, train_source, val_source, keeper, ending.record, processes)
-                except RuntimeError as error:
-                    _explain_lost_process(error, processes)
-                    raise
+            with (
+                lost_process_explained(processes, GOES_ON),
+                contextlib.closing(train_source),
+                contextlib.closing(val_source),
+            ):
+                fit(run, train_source, val_source, keeper, ending.record, processes)
             left_out = processes.merged(run.left_out)
             processes.leave()
             if not processes.is_main:
@@ -362,23 +363,30 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
                 left_out=left_out,
                 num_workers=train_source.loader.num_workers,
             )
-            released = release_model(run.model, data, facts, device)
+            with lost_process_explained(Processes(), GOES_ON):
+                released = release_model(run.model, data, facts, device)
             ending.finish(released)
         mark_finished(run_dir, run, released.version)  # only when the record has its end too
     return released
 
 
-def _explain_lost_process(error: RuntimeError, processes: Processes) -> None:
-    if "DataLoader worker" in str(error):
-        raise TrainingError(
-            f"a process that reads images died ({str(error).splitlines()[0]}); if memory is short, "
-            "lower --num_workers; --resume auto goes on from the last checkpoint"
-        ) from error
-    if processes.world_size > 1 and not isinstance(error, (TrainingError, *KNOWN_ERRORS)):
-        raise TrainingError(
-            f"the processes of this run lost each other ({str(error).splitlines()[0]}); "
-            "--resume auto goes on from the last checkpoint"
-        ) from error
+@contextlib.contextmanager
+def lost_process_explained(processes: Processes, hint: str = "") -> Iterator[None]:
+    """Turn what torch raises, anywhere, when another process dies into a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        line = (str(error).splitlines() or [""])[0]
+        if "DataLoader worker" in str(error):
+            raise TrainingError(
+                f"a process that reads images died ({line}); if memory is short, lower "
+                f"--num_workers{hint}"
+            ) from error
+        if processes.world_size > 1 and not isinstance(error, (TrainingError, *KNOWN_ERRORS)):
+            raise TrainingError(
+                f"the processes of this run lost each other ({line}){hint}"
+            ) from error
+        raise
 
 
 def load_data(config: TrainingConfig) -> FoodData:
@@ -450,14 +458,16 @@ def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
     from training.predicting import predict_paths
 
     device = choose_device(config.device, 0)
-    return predict_paths(
-        load_model_for_inference(config.output_dir, options.model_version, device),
-        options.predict,
-        top_k=options.top_k,
-        csv_path=options.predictions,
-        device=device,
-        num_workers=config.num_workers,
-    )
+    model = load_model_for_inference(config.output_dir, options.model_version, device)
+    with lost_process_explained(Processes()):
+        return predict_paths(
+            model,
+            options.predict,
+            top_k=options.top_k,
+            csv_path=options.predictions,
+            device=device,
+            num_workers=config.num_workers,
+        )
 
 
 def compare(versions: Sequence[int], config: TrainingConfig) -> None:

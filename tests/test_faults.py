@@ -41,7 +41,7 @@ from app.ml import artifacts
 from app.ml.artifacts import list_versions, read_record
 from app.ml.model import TrainedPart
 from app.ml.predictor import load_model_for_inference
-from training import checkpoints, features, resuming, step, tracking
+from training import checkpoints, features, release, resuming, step, tracking
 from training.checkpoints import load_checkpoint
 from training.datasets import load_food_data
 from training.features import FrozenPart
@@ -400,16 +400,35 @@ def test_a_killed_image_reader_ends_the_run_with_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def kill_readers() -> None:
-        for process in multiprocessing.active_children():
-            process.kill()
-
     with monkeypatch.context() as patch:
         after(patch, step, "add_gradients", 6, kill_readers)
         assert train(tmp_path, photos, "--num_workers", "1") == 1
     assert "a process that reads images died" in caplog.messages[-1]
     assert train(tmp_path, photos, "--resume", "auto") == 0
     assert outcome(tmp_path) == undisturbed
+
+
+def test_a_reader_killed_in_the_release_leaves_a_run_to_release(
+    tmp_path: Path,
+    photos: Path,
+    undisturbed: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(train_model, "release_model", REAL_RELEASE)
+        patch.setattr(release, "EVAL_BATCH_SIZE", 1)
+        after(patch, release, "normalize", 1, kill_readers)
+        assert train(tmp_path, photos, "--num_workers", "1") == 1
+    assert "a process that reads images died" in caplog.messages[-1]
+    assert "--resume auto" in caplog.messages[-1]
+    assert train(tmp_path, photos, "--resume", "auto") == 0
+    assert outcome(tmp_path) == undisturbed
+
+
+def kill_readers() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def test_ctrl_c_before_the_training_is_no_traceback(

@@ -1,26 +1,31 @@
 """Answers for single pictures and for folders of them."""
 
 import csv
+import functools
 import logging
+import multiprocessing
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.kill_test import start
 from PIL import Image
 from tests.conftest import release_model
 from tests.test_predictor import answering
 from tests.test_structure import in_fresh_process
 
 import train_model
-from app.ml.predictor import FoodPredictor, load_model_for_inference
+from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from training import predicting
 from training.image_sources import DataError
 from training.predicting import answers, check_target, find_images, predict_paths
 
 CPU = torch.device("cpu")
+REAL_PREDICT_BATCH = FoodPredictor.predict_batch
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +120,47 @@ def test_the_table_has_a_row_per_picture(
     found = re.fullmatch(rf"9 images: {verdicts}; \d+\.\d images/s", counts)
     assert found and sum(map(int, found.groups())) == 8
     assert failed.endswith(f": {bad}") and place == "predictions predictions.csv"
+
+
+def many_pictures(folder: Path) -> None:
+    for i in range(48):  # more than two readers fetch ahead
+        picture(folder / f"{i:02}.jpg", i)
+
+
+def kill_a_reader(model: FoodPredictor, images: torch.Tensor, top_k: int) -> list[Prediction]:
+    multiprocessing.active_children()[0].kill()
+    return REAL_PREDICT_BATCH(model, images, top_k)
+
+
+def fail_unforeseen(*_: object) -> list[Prediction]:
+    raise ArithmeticError("nobody thought of this")
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "said"),
+    [
+        (kill_a_reader, 1, "a process that reads images died"),
+        (fail_unforeseen, 1, "ArithmeticError: nobody thought of this"),
+    ],
+)
+def test_the_command_ends_when_a_reader_is_killed_or_an_error_is_unforeseen(
+    act: Callable[..., list[Prediction]], code: int, said: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: readers ignore SIGTERM, and it must not wait for them for ever."""
+    many_pictures(tmp_path / "many")
+    argv = ["--output_dir", str(model_dir), "--predict", str(tmp_path / "many")]
+    log = tmp_path / "log.txt"
+    process = start([*argv, "--num_workers", "2"], log, prepare=functools.partial(let, act))
+    process.join(120)
+    ended = process.exitcode
+    process.kill()
+    assert ended == code
+    assert said in log.read_text(encoding="utf-8")
+
+
+def let(act: Callable[..., list[Prediction]]) -> None:
+    FoodPredictor.predict_batch = act  # type: ignore[method-assign]
+    predicting.BATCH_SIZE = 4
 
 
 @pytest.mark.usefixtures("photos")

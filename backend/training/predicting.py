@@ -1,11 +1,12 @@
 """What a released model sees: printed for single pictures, written as a CSV for folders of them."""
 
+import contextlib
 import csv
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ def predict_paths(
     images = find_images(paths)
     answered = answers(model, images, top_k, device, reader_processes(num_workers, device))
     try:
-        unread = write_answers(csv_path, answered, len(images), top_k)
+        with contextlib.closing(answered):
+            unread = write_answers(csv_path, answered, len(images), top_k)
     except KeyboardInterrupt:
         logger.info("stopped; %s holds what was answered until then", csv_path)
         return 130
@@ -120,18 +122,19 @@ def _images_within(folder: Path) -> Iterator[str]:
 
 def answers(
     model: FoodPredictor, images: Sequence[str], top_k: int, device: torch.device, num_workers: int
-) -> Iterator[list[tuple[str, Prediction | str]]]:
+) -> Generator[list[tuple[str, Prediction | str]], None, None]:
     """Each image with its prediction, or the reason why there is none; in order, by the batch."""
     keys = KeyBatches(len(images), BATCH_SIZE)
     dataset = EvalImages(tuple(images), model.record.preprocessing)
     # Readers work ahead of the network: for the first batch there is nothing to be ahead of.
     loader = ImageLoader(dataset, keys, min(num_workers, len(keys) - 1), device)
-    for batch in loader.batches(epoch=0, view=0):
-        found: dict[int, Prediction | str] = dict(batch.problems)
-        if len(batch.indices):
-            predictions = model.predict_batch(batch.images, top_k)
-            found |= zip(batch.indices.tolist(), predictions, strict=True)
-        yield [(images[index], found[index]) for index in sorted(found)]
+    with contextlib.closing(loader):
+        for batch in loader.batches(epoch=0, view=0):
+            found: dict[int, Prediction | str] = dict(batch.problems)
+            if len(batch.indices):
+                predictions = model.predict_batch(batch.images, top_k)
+                found |= zip(batch.indices.tolist(), predictions, strict=True)
+            yield [(images[index], found[index]) for index in sorted(found)]
 
 
 def check_target(path: Path) -> None:

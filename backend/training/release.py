@@ -1,5 +1,6 @@
 """From trained weights to a released version: calibrate, test once, save, verify, report."""
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -255,12 +256,13 @@ def predict_split(
     keys = KeyBatches(len(split), EVAL_BATCH_SIZE)
     loader = ImageLoader(EvalImages(split.paths, config), keys, num_workers, device)
     indices, logits, pooled = [], [], []
-    for batch in loader.batches(epoch=0, view=0):
-        if len(batch.indices):
-            indices.append(batch.indices)
-            outputs = network(normalize(batch.images, config))
-            logits.append(outputs[0])
-            pooled.append(outputs[1])
+    with contextlib.closing(loader):
+        for batch in loader.batches(epoch=0, view=0):
+            if len(batch.indices):
+                indices.append(batch.indices)
+                outputs = network(normalize(batch.images, config))
+                logits.append(outputs[0])
+                pooled.append(outputs[1])
     if not indices:
         raise SaveError(
             f"not one of {len(split)} images can be read, {split.paths[0]} for one; put them back"
