@@ -549,6 +549,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = config_from_args(options)
         if options.top_k < 1:
             raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
+        if options.predictions and not options.predict:
+            raise ConfigError("--predictions: goes with --predict and its pictures")
+        if options.predict and options.compare:
+            raise ConfigError("--predict and --compare: one at a time")
         if options.sync_mlflow:
             return sync_command(Path(options.sync_mlflow))
         if options.predict:

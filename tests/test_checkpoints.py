@@ -260,10 +260,10 @@ def test_what_was_just_written_is_not_read_again(
 
 
 def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 3)
     path = save_checkpoint(tmp_path, state())
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
-    with pytest.raises(CheckpointError, match="format version 2, not 1"):
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
+    with pytest.raises(CheckpointError, match="format version 3, not 2"):
         load_checkpoint(path)
 
 
@@ -331,6 +331,11 @@ def test_auto_takes_the_newest_of_the_same_configuration(
     assert "learning_rate is 0.001 now and was 0.5 then" in caplog.text
     assert run_folders(tmp_path)[0] == other.parent
     assert other.exists()
+
+
+def test_a_home_that_nobody_has_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--resume ~nobodyhere/c\.pt: "):
+        find_checkpoint(*resuming(tmp_path, resume="~nobodyhere/c.pt"))
 
 
 def test_auto_names_what_is_damaged_and_takes_another_run(

@@ -1,5 +1,6 @@
 """Two versions compared: the numbers against independent sources, the page, the command."""
 
+import csv
 import dataclasses
 import math
 import re
@@ -252,6 +253,15 @@ def test_the_page_shows_every_part(tmp_path: Path) -> None:
     names = [Path(row["file"]).name for row in shown]
     assert re.findall(r'class="file" title="[^"]*">([^<]+)<', html) == names
     assert len(page.all("img")) == sum(Path(row["file"]).exists() for row in shown)
+
+
+def test_a_table_whose_quote_never_ends_is_named(tmp_path: Path) -> None:
+    two_versions(tmp_path)
+    table = tmp_path / "food_model_v5" / "test_predictions.csv"
+    header, rest = table.read_text(encoding="utf-8").split("\n", 1)
+    table.write_text(f'{header}\n"{rest}' + "x" * csv.field_size_limit(), encoding="utf-8")
+    with pytest.raises(ComparisonError, match=r"cannot be used .*field limit"):
+        compare_versions(tmp_path, 3, 5)
 
 
 def test_pictures_that_are_gone_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -161,6 +161,16 @@ def test_a_flag_that_is_unknown_or_incomplete_is_named(
     assert arguments[0].split("=")[0] in refused(arguments, capsys)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["--predictions=x.csv"], ["--predict", "x.jpg", "--compare", "v1", "v2"]],
+)
+def test_what_does_not_go_together_starts_nothing(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert arguments[0].split("=")[0] in refused(arguments, capsys)
+
+
 @pytest.mark.parametrize("value", ["0", "-3", "x"])
 def test_top_k_is_checked_too(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["--predict", "x.jpg", f"--top_k={value}"], capsys)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,6 +280,16 @@ def test_a_bar_of_no_length_leaves_no_space(capsys: pytest.CaptureFixture[str]) 
     sure = answering(torch.tensor([[99.0, 0.0]]))
     assert predict(sure, str(picture(Path("lunch.jpg")))) == 0
     assert "  class 1                        0.0%\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_name_that_is_no_text_is_printed_and_the_next_picture_answered(
+    model: FoodPredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = os.fsdecode(b"caf\xe9.jpg")
+    assert predict(model, str(picture(Path(odd))), str(picture(Path("lunch.jpg")))) == 0
+    printed = capsys.readouterr().out
+    assert "caf\\xe9.jpg\n" in printed and "lunch.jpg\n" in printed
 
 
 # The command ----------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 from app.ml.artifacts import state_bytes, write_durably
 
 KEEP = 2
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: precision, weights_sha256
 
 logger = logging.getLogger(__name__)
 

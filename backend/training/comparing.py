@@ -92,7 +92,7 @@ def read_test(model_dir: Path, version: int) -> VersionTest:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             answers = {row["file"]: _answer(row) for row in csv.DictReader(file)}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ComparisonError(
             f"{path} cannot be used ({error!r}); it holds the test of version {version}, without "
             "which nothing can be compared"

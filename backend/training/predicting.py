@@ -84,7 +84,8 @@ def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> lis
         except (ImageError, OSError) as error:
             problems[path] = str(error)
             continue
-        print(path)  # noqa: T201
+        # backslashreplace: a file name may hold bytes that are no text
+        print(os.fsencode(path).decode("utf-8", "backslashreplace"))  # noqa: T201
         for name, probability in prediction.top:
             bar = "#" * round(probability * 30)
             line = f"  {name.replace('_', ' '):<28}{probability:7.1%}  {bar}"

@@ -147,7 +147,10 @@ def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None
         if checkpoint is None:
             logger.info("nothing to resume in %s; a new run starts", config.checkpoint_dir)
         return checkpoint
-    path = Path(config.resume).expanduser()
+    try:
+        path = Path(config.resume).expanduser()
+    except RuntimeError as error:  # ~nobody has no home
+        raise CheckpointError(f"--resume {config.resume}: {error}") from error
     _check_free(path if path.is_dir() else path.parent)
     if path.is_dir():
         checkpoint = newest_checkpoint([path], unusable)
