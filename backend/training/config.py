@@ -198,7 +198,8 @@ class TrainingConfig:
         "training",
         "fixed",
         _choice("fixed", "trained"),
-        "statistics of the trained layers' batch-norm: the pretrained ones, or each batch's own",
+        "statistics of the trained layers' batch-norm: the pretrained ones, or each batch's own "
+        "(always so with --weights none)",
         exact=True,
     )
     smallest_crop: float = setting(
