@@ -59,7 +59,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         images = TrainImages(
-            tuple(paths), ImageCache(Path(folder)), seed=0, crop=recipe.crop, smallest_crop=0.08
+            tuple(paths),
+            ImageCache(Path(folder)),
+            seed=0,
+            crop=recipe.crop,
+            smallest_crop=0.08,
+            trivial=False,
         )
 
         def ours() -> int:

@@ -17,6 +17,7 @@ from training.augmentation import (
     color_jitter,
     crop_and_flip,
     draw_augmentation,
+    trivial_augment,
 )
 
 CONFIGS = [PreprocessConfig(**row.preprocessing) for row in BACKBONES.values()]
@@ -44,9 +45,10 @@ def to_unit(images: Tensor, config: PreprocessConfig) -> Tensor:
     config=st.sampled_from(CONFIGS),
     fill=st.sampled_from([None, 0, 255]),
     smallest=st.floats(0.01, 1),
+    trivial=st.booleans(),
 )
-@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None, smallest=0.08)
-@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255, smallest=1.0)
+@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None, smallest=0.08, trivial=True)
+@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255, smallest=1.0, trivial=True)
 def test_property_2_augmentation_keeps_shape_and_pixel_range(
     height: int,
     width: int,
@@ -54,6 +56,7 @@ def test_property_2_augmentation_keeps_shape_and_pixel_range(
     config: PreprocessConfig,
     fill: int | None,
     smallest: float,
+    trivial: bool,
 ) -> None:
     image = pixels(height, width, key[2])
     if fill is not None:
@@ -62,6 +65,7 @@ def test_property_2_augmentation_keeps_shape_and_pixel_range(
         height, width, seed=key[0], view=key[1], index=key[2], smallest_crop=smallest
     )
     cropped = crop_and_flip(image, augmentation, 224)
+    cropped = trivial_augment(cropped, augmentation.trivial_seed) if trivial else cropped
     assert (cropped.dtype, cropped.shape) == (torch.uint8, (3, 224, 224))
     batch = color_jitter(cropped.unsqueeze(0), torch.tensor([augmentation.color]), config)
     assert (batch.dtype, batch.shape) == (torch.float32, (1, 3, 224, 224))
@@ -126,15 +130,42 @@ def test_half_of_the_images_are_flipped_and_the_crops_reach_everywhere() -> None
 
 def test_a_flip_is_left_for_right() -> None:
     image = pixels(256, 300)
-    box = Augmentation(10, 20, 100, 90, False, (0, 0, 0, 0))
+    box = Augmentation(10, 20, 100, 90, False, (0, 0, 0, 0), 0)
     plain, flipped = (crop_and_flip(image, box._replace(flip=f), 64) for f in (False, True))
     assert torch.equal(flipped, plain.flip(2)) and not torch.equal(flipped, plain)
 
 
 def test_the_box_is_what_is_cut_out() -> None:
     image = pixels(256, 300)
-    box = Augmentation(10, 20, 64, 64, False, (0, 0, 0, 0))
+    box = Augmentation(10, 20, 64, 64, False, (0, 0, 0, 0), 0)
     assert torch.equal(crop_and_flip(image, box, 64), image[:, 10:74, 20:84])
+
+
+# TrivialAugment -------------------------------------------------------------------------------
+
+
+@at_least_100
+@given(st.integers(0, 2**32 - 1))
+def test_the_change_follows_from_its_seed_and_leaves_other_randomness_alone(seed: int) -> None:
+    image = pixels(40, 40)
+    before, state = image.clone(), torch.get_rng_state()
+    changed = trivial_augment(image, seed)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(seed % 7)
+    assert torch.equal(trivial_augment(image, seed), changed)
+    assert torch.equal(image, before)
+
+
+def test_most_changes_show_and_hardly_two_are_alike() -> None:
+    image = pixels(40, 40)
+    seeds = [
+        draw_augmentation(40, 40, seed=0, view=view, index=7, smallest_crop=1).trivial_seed
+        for view in range(200)
+    ]
+    changed = [trivial_augment(image, seed) for seed in seeds]
+    shown = [one for one in changed if not torch.equal(one, image)]
+    assert len(shown) > 120  # one in 14 is none, and some of the mildest do nothing
+    assert len({one.numpy().tobytes() for one in shown}) > 100
 
 
 # Colour ---------------------------------------------------------------------------------------

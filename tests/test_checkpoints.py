@@ -402,6 +402,15 @@ def test_the_precision_is_compared_by_what_it_meant(
         assert len(messages) == said
 
 
+def test_a_run_from_before_a_flag_goes_on_with_what_there_was_then(tmp_path: Path) -> None:
+    run = make_run()
+    state = run.state()
+    del state["config"]["augmentation"]
+    save_checkpoint(tmp_path / run.name, state)
+    assert find_checkpoint(*resuming(tmp_path, augmentation="basic")) is not None
+    assert find_checkpoint(*resuming(tmp_path, augmentation="trivial")) is None
+
+
 def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_path: Path) -> None:
     file, copied = tmp_path / "weights.pth", tmp_path / "copied.pth"
     for path in (file, copied):

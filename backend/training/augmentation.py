@@ -1,4 +1,5 @@
-"""The training pipeline: random crop and flip per image on uint8, colour per batch on the device.
+"""The training pipeline: random crop, flip and, if asked for, one more change per image on uint8;
+colour per batch on the device.
 
 All randomness of an image comes from (seed, view, image number) and nothing else: no worker's
 stream, no order. So the same image in the same view is the same pixels, in any process.
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2 import TrivialAugmentWide
 from torchvision.transforms.v2 import functional as F
 
 from app.ml.preprocessing import PreprocessConfig
@@ -17,10 +19,12 @@ from app.ml.preprocessing import PreprocessConfig
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 COLOR_STRENGTH = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation; hue in turns
 LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+TRIVIAL_AUGMENT = TrivialAugmentWide()
 
 
 class Augmentation(NamedTuple):
-    """What happens to one image: a box in pixels, a flip, and four colour draws in -1 to 1."""
+    """What happens to one image: a box in pixels, a flip, four colour draws in -1 to 1, and the
+    seed of TrivialAugment's choice."""
 
     top: int
     left: int
@@ -28,6 +32,7 @@ class Augmentation(NamedTuple):
     width: int
     flip: bool
     color: tuple[float, float, float, float]
+    trivial_seed: int
 
 
 def draw_augmentation(
@@ -42,7 +47,8 @@ def draw_augmentation(
     flip = bool(random.random() < 0.5)
     brightness, contrast, saturation, hue = random.uniform(-1, 1, size=4).tolist()
     color = (brightness, contrast, saturation, hue)
-    return Augmentation(top, left, box_height, box_width, flip, color)
+    trivial_seed = int(random.integers(2**32))
+    return Augmentation(top, left, box_height, box_width, flip, color, trivial_seed)
 
 
 def _crop_box(
@@ -64,9 +70,26 @@ def _crop_box(
 
 def crop_and_flip(image: Tensor, augmentation: Augmentation, size: int) -> Tensor:
     """uint8 (3, H, W) -> uint8 (3, size, size)."""
-    top, left, height, width, flip, _ = augmentation
+    top, left, height, width, flip, *_ = augmentation
     image = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
     return F.horizontal_flip(image) if flip else image
+
+
+def trivial_augment(image: Tensor, seed: int) -> Tensor:
+    """One of 14 changes (shift, turn, shear, light, colour, sharpness and such), of any strength.
+
+    TrivialAugment (Müller and Hutter 2021) in its wide form. As a PIL image it takes half as long
+    as a tensor does.
+
+    Args:
+        image: uint8 (3, H, W). seed: the same one always gives the same change.
+
+    Returns:
+        uint8 (3, H, W).
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPU
+        return F.pil_to_tensor(TRIVIAL_AUGMENT(F.to_pil_image(image)))
 
 
 def color_jitter(images: Tensor, draws: Tensor, config: PreprocessConfig) -> Tensor:

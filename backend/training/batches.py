@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, load_image
-from training.augmentation import crop_and_flip, draw_augmentation
+from training.augmentation import crop_and_flip, draw_augmentation, trivial_augment
 from training.image_cache import ImageCache
 
 MOST_READERS = 8
@@ -68,7 +68,10 @@ class Batch:
 
 
 class TrainImages(Dataset[Item]):
-    """Augmented pixels of the training split, read through the cache."""
+    """Augmented pixels of the training split, read through the cache.
+
+    trivial: with TrivialAugment after crop and flip.
+    """
 
     def __init__(
         self,
@@ -77,9 +80,11 @@ class TrainImages(Dataset[Item]):
         seed: int,
         crop: int,
         smallest_crop: float,
+        *,
+        trivial: bool,
     ) -> None:
         self.paths, self.cache, self.seed = paths, cache, seed
-        self.crop, self.smallest_crop = crop, smallest_crop
+        self.crop, self.smallest_crop, self.trivial = crop, smallest_crop, trivial
 
     def __getitem__(self, key: Key) -> Item:
         try:
@@ -96,6 +101,8 @@ class TrainImages(Dataset[Item]):
             smallest_crop=self.smallest_crop,
         )
         pixels = crop_and_flip(image, augmentation, self.crop)
+        if self.trivial:
+            pixels = trivial_augment(pixels, augmentation.trivial_seed)
         return Item(key, pixels, augmentation.color, None)
 
 

@@ -80,6 +80,7 @@ PLAIN_RECIPE = {
     "warmup_epochs": 0.0,
     "batch_norm": "trained",
     "smallest_crop": 0.08,  # torchvision's RandomResizedCrop
+    "augmentation": "basic",
     "label_smoothing": 0.0,
     "ema_decay": 0.0,
 }
@@ -207,6 +208,14 @@ class TrainingConfig:
         0.25,
         Kind(float, lambda v: 0 < v <= 1, "a number above 0, at most 1"),
         "share of the picture's area that an augmented view shows at least",
+        exact=True,
+    )
+    augmentation: str = setting(
+        "training",
+        "basic",
+        _choice("basic", "trivial"),
+        "basic: crop, flip and colour; trivial: and one random change of any strength a view "
+        "(TrivialAugment)",
         exact=True,
     )
     label_smoothing: float = setting(

@@ -284,7 +284,12 @@ def feature_sources(
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
     share = (config.batch_size, processes.rank, processes.world_size)
     train_images = TrainImages(
-        data.train.paths, ImageCache(cache), config.seed, preprocessing.crop, config.smallest_crop
+        data.train.paths,
+        ImageCache(cache),
+        config.seed,
+        preprocessing.crop,
+        config.smallest_crop,
+        trivial=config.augmentation == "trivial",
     )
     train_loader = ImageLoader(
         train_images,

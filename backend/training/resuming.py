@@ -165,7 +165,7 @@ def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None
 
 def _settings_of_run(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any]:
     """The settings of a checkpoint, in the words of today's where those mean the same."""
-    then = dict(state["config"])
+    then = {"augmentation": "basic", **state["config"]}  # runs from before the flag had no other
     if config.precision == state["precision"]:  # spelt out now, auto then
         then["precision"] = config.precision
     path = Path(config.weights)
