@@ -84,7 +84,8 @@ class WeightAverage:
     """A running average of the trained part, batch-norm statistics included.
 
     After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast
-    (as in TensorFlow's ExponentialMovingAverage). With decay 0 it is the trained part itself.
+    (as in TensorFlow's ExponentialMovingAverage): it looks back over a ninth of all updates at
+    most, which in a short run is less than decay alone would. With decay 0 it is the trained part.
     """
 
     def __init__(self, trained: TrainedPart, decay: float) -> None:
