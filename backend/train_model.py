@@ -19,6 +19,7 @@ what resuming needs to checkpoints/, and the history to metrics.jsonl there and 
 import argparse
 import contextlib
 import dataclasses
+import io
 import logging
 import math
 import shlex
@@ -542,6 +543,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = make_cli()
     options = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a redirected Windows console knows few letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache
     command = without_password(shlex.join(["python", "backend/train_model.py", *arguments]))

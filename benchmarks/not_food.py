@@ -214,6 +214,9 @@ def main() -> None:
     options = parser.parse_args()
     model = load_model_for_inference(options.model_dir, options.version)
     record, decision = model.record, model.record.decision
+    food = test_images(options.model_dir, record.version)
+    if not food:
+        parser.error(f"no test picture of version {record.version} is where it was any more")
     print(alternating.machine())
     print(f"version {record.version}, {record.model_name}, {len(record.classes)} classes")
     random = np.random.default_rng(0)
@@ -228,7 +231,6 @@ def main() -> None:
         other.append(result)
         refused = int((result[1] < decision.food_at).sum())
         print(f"  {name:<12} refused {refused:>3} of {len(images)}")
-    food = test_images(options.model_dir, record.version)
     logits, similarities = outputs(model, [path for path, _ in food])
     labels = np.array([record.class_to_idx[name] for _, name in food])
     said = verdict_shares(decision, logits.numpy(), labels, similarities.numpy())

@@ -1,7 +1,7 @@
 """What does each part of the training recipe cost in time?
 
-    python benchmarks/recipe_cost.py                            on drawn plates
-    python benchmarks/recipe_cost.py --data_dir FOLDER --weights FILE
+    python benchmarks/recipe_cost.py --weights FILE                     on drawn plates
+    python benchmarks/recipe_cost.py --weights FILE --data_dir FOLDER
 
 Trains with the default recipe and with one setting changed, an epoch of each in turn, in one
 process, on the same images. Above 1 x, the changed setting is faster than the default; the first
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    if options.weights == "none":
+        parser.error("--weights: random weights have neither a rate of their own nor batch-norm's")
     print(alternating.machine())
     print(f"{'images/s of a training epoch':<44} {'default':>9} {'changed':>9}")
     with tempfile.TemporaryDirectory() as folder:

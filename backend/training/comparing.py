@@ -133,6 +133,7 @@ def compare(old: VersionTest, new: VersionTest) -> dict[str, Any]:
         "difference": (gained - lost) / len(paths),
         "difference_ci95": list(paired_interval(gained, lost, len(paths))),
         "p_text": _p_text(p_value := mcnemar_p(gained, lost)),
+        "is_clear": p_value < CLEAR,
         "conclusion": _conclusion(old.name, new.name, gained - lost, p_value),
         "per_class": _class_changes(old, new, paths),
         "flips": {
@@ -204,7 +205,10 @@ def _scores(tested: VersionTest, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _p_text(p_value: float) -> str:
-    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+    if p_value < 0.001:
+        return "p < 0.001"
+    digits = 5 if abs(p_value - CLEAR) < 0.0005 else 3  # no "0.050" on both sides of the line
+    return f"p = {p_value:.{digits}f}"
 
 
 def _conclusion(old: str, new: str, gain: int, p_value: float) -> str:

@@ -117,7 +117,8 @@ def _images_within(folder: Path) -> Iterator[str]:
     for entry in visible(folder):
         if entry.is_dir(follow_symlinks=False):  # a link may lead back up
             yield from _images_within(Path(entry.path))
-        elif is_image_name(entry.name):
+        # A link that leads nowhere is said to be unreadable; a pipe would be waited for.
+        elif is_image_name(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
             yield entry.path
 
 

@@ -121,7 +121,7 @@ def release_model(
         onnx=export_onnx(model, config.model_name, examined.preprocessing),
         make_record=partial(make_record, data, facts, examined),
         write_report=partial(write_reports, data, facts, examined),
-        verify=partial(verify, model, data, facts, examined),
+        verify=partial(verify, model, facts, examined),
     )
 
 
@@ -218,11 +218,10 @@ def write_reports(
     write_model_card(folder / "MODEL_CARD.md", results=results, facts=page_facts)
 
 
-def verify(
-    model: nn.Module, data: FoodData, facts: RunFacts, examined: Examined, folder: Path
-) -> None:
+def verify(model: nn.Module, facts: RunFacts, examined: Examined, folder: Path) -> None:
     """Compare the saved version with the trained network; see `check_logits`."""
-    images = _first_images(data.test, examined.preprocessing)
+    paths = tuple(row["file"] for row in examined.rows[:VERIFY_IMAGES])
+    images = _read(paths, examined.preprocessing)
     plain = TorchNetwork(model, facts.config.model_name, torch.device("cpu"))
     check_logits(folder, images, plain(normalize(images, examined.preprocessing))[0])
 
@@ -327,9 +326,9 @@ def check_logits(folder: Path, images: Tensor, expected: Tensor) -> None:
             )
 
 
-def _first_images(split: Split, config: PreprocessConfig) -> Tensor:
-    keys = KeyBatches(min(len(split), VERIFY_IMAGES), VERIFY_IMAGES)
-    loader = ImageLoader(EvalImages(split.paths, config), keys, 0, torch.device("cpu"))
+def _read(paths: tuple[str, ...], config: PreprocessConfig) -> Tensor:
+    keys = KeyBatches(len(paths), len(paths))
+    loader = ImageLoader(EvalImages(paths, config), keys, 0, torch.device("cpu"))
     return next(iter(loader.batches(epoch=0, view=0))).images
 
 

@@ -52,6 +52,8 @@ def write_confusion_matrix(results: dict[str, Any], path: Path) -> None:
     _draw_cells(axes, counts, ~diagonal, "Oranges", 0.3, points)
     axes.set_xticks(np.arange(len(classes)) + 0.5, labels, rotation=90)
     axes.set_yticks(np.arange(len(classes)) + 0.5, labels)
+    for name in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        name.set_parse_math(False)  # a dish may be called "$5 menu to $10"
     axes.grid(visible=False)
     axes.patch.set(facecolor="white")
     for spine in axes.spines.values():
@@ -333,8 +335,12 @@ def _card_data(audit: dict[str, Any], classes: Sequence[str]) -> list[str]:
     return [*lines, "", "Classes: " + ", ".join(map(_markdown, classes)) + "."]
 
 
+def _only_drawn(facts: dict[str, Any]) -> bool:
+    return bool(facts["config"].get("sample")) and not facts["audit"].get("custom")
+
+
 def _card_licences(facts: dict[str, Any]) -> list[str]:
-    if facts["config"].get("sample"):
+    if _only_drawn(facts):
         return ["The training pictures were drawn by this project; no photo was used."]
     lines = ["The training run records where the photos came from, not what their owners allow."]
     if "food-101" in facts["audit"]["source"].lower():
@@ -393,7 +399,7 @@ def _card_limits(results: dict[str, Any], facts: dict[str, Any]) -> list[str]:
         lines.append(f"- Most frequent mistakes: {confused}.")
     if untested := [c["class_name"] for c in results["per_class"] if not c["support"]]:
         lines.append(f"- Never tested, for want of images: {', '.join(map(_markdown, untested))}.")
-    if facts["config"].get("sample"):
+    if _only_drawn(facts):
         lines.append("- It has only seen drawn plates: its figures say nothing about photos.")
     return lines
 
