@@ -222,6 +222,8 @@ def test_page_loads_nothing_from_anywhere(tmp_path: Path, run: dict[str, Any]) -
 def test_drawn_sample_is_called_drawn(tmp_path: Path, run: dict[str, Any]) -> None:
     assert "drawn sample plates" not in render(tmp_path, run)[1].text
     run["facts"]["config"]["sample"] = True
+    assert "drawn sample plates" not in render(tmp_path, run)[1].text  # there are own photos too
+    run["facts"]["audit"]["custom"] = []
     assert "drawn sample plates" in render(tmp_path, run)[1].text
 
 
@@ -301,6 +303,9 @@ def test_model_card_states_facts_only(tmp_path: Path, run: dict[str, Any]) -> No
     assert "Foodspotting" not in path.read_text(encoding="utf-8")
 
     run["facts"]["config"]["sample"] = True
+    write_model_card(path, results=run["results"], facts=run["facts"])
+    assert "say nothing about photos" not in path.read_text(encoding="utf-8")  # own photos too
+    run["facts"]["audit"]["custom"] = []
     write_model_card(path, results=run["results"], facts=run["facts"])
     assert "say nothing about photos" in path.read_text(encoding="utf-8")
 
