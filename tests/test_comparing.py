@@ -200,6 +200,8 @@ def test_versions_without_a_common_image_are_refused() -> None:
         (0, 9, "v2 is worse than v1 (p = 0.004)."),
         (20, 0, "v2 is better than v1 (p < 0.001)."),
         (5, 0, "No clear difference: chance alone may do as much (p = 0.062)."),
+        (42, 25, "v2 is better than v1 (p = 0.04980)."),
+        (22, 10, "No clear difference: chance alone may do as much (p = 0.05010)."),
         (0, 0, "No clear difference: chance alone may do as much (p = 1.000)."),
     ],
 )
@@ -207,6 +209,7 @@ def test_the_conclusion_is_as_strong_as_the_evidence(gained: int, lost: int, say
     ranks = [[2] * gained + [1] * lost + [1], [1] * gained + [2] * lost + [1]]
     found = compare(version(1, ranks[0]), version(2, ranks[1]))
     assert found["conclusion"] == says
+    assert found["is_clear"] == ("No clear" not in says)
     assert f"McNemar's exact test: {says}" in summary_lines(found)
 
 

@@ -179,6 +179,14 @@ def test_a_link_back_up_is_no_endless_way(photos: Path) -> None:
     assert len(find_images(["photos"])) == 9
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for_and_a_link_to_nothing_is_named(photos: Path) -> None:
+    before = find_images([str(photos)])
+    os.mkfifo(photos / "pipe.jpg")
+    (photos / "zz.jpg").symlink_to("nothing.jpg")
+    assert find_images([str(photos)]) == [*before, str(photos / "zz.jpg")]
+
+
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.heic").write_bytes(b"x")

@@ -266,6 +266,13 @@ def test_101_classes_stay_small_and_readable(tmp_path: Path) -> None:
     assert 101 * 30 <= width <= 5000  # 30 pixels a row hold a name that can be read
 
 
+def test_dollars_in_names_are_no_formula(tmp_path: Path) -> None:
+    names = ["$\\frac$", "menu_$5_to_$10", "pizza"]
+    results = evaluate(5.0 * np.eye(3), np.arange(3), names)
+    write_confusion_matrix(results, tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").stat().st_size
+
+
 def test_matrix_png_of_ten_classes(tmp_path: Path) -> None:
     labels = np.arange(100) % 10
     logits = 5.0 * np.eye(10)[labels]
