@@ -434,6 +434,7 @@ def kill_readers() -> None:
 def test_ctrl_c_before_the_training_is_no_traceback(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     after(monkeypatch, train_model, "load_food_data", 1, send(signal.SIGINT))
     assert train(tmp_path, photos) == 130
     assert "before there was anything to save" in caplog.messages[-1]
