@@ -8,30 +8,26 @@ process, on the same images. Above 1 x, the changed setting is faster than the d
 line changes nothing and shows the noise.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import alternating
-from training_speed import OurLoop, add_data_flags, config_from, shorten
+from training_speed import OurLoop, config_from, epoch_parser, shorten
 
 import train_model
 from training.config import PLAIN_RECIPE
 
 CHANGES: list[dict[str, Any]] = [
     {},
-    *({name: value} for name, value in PLAIN_RECIPE.items() if name != "augmentation"),
+    *({name: value} for name, value in PLAIN_RECIPE.items()),
     PLAIN_RECIPE,
     {"augmentation": "trivial"},
 ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_data_flags(parser)
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = epoch_parser(__doc__)
     options = parser.parse_args()
     if options.weights == "none":
         parser.error("--weights: random weights have neither a rate of their own nor batch-norm's")

@@ -133,6 +133,15 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name", default="mobilenet_v2")
 
 
+def epoch_parser(doc: str) -> argparse.ArgumentParser:
+    """The flags of a benchmark whose rounds are epochs."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    add_data_flags(parser)
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=5)
+    return parser
+
+
 def config_from(options: argparse.Namespace, folder: Path, **settings: Any) -> TrainingConfig:
     place = {"data_dir": options.data_dir} if options.data_dir else {"sample": True}
     return TrainingConfig(
@@ -144,11 +153,7 @@ def config_from(options: argparse.Namespace, folder: Path, **settings: Any) -> T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_data_flags(parser)
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = epoch_parser(__doc__).parse_args()
     print(alternating.machine())
     print(f"{'images/s of a training epoch':<44} {'plain':>9} {'ours':>9}")
     with tempfile.TemporaryDirectory() as folder:

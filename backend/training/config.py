@@ -80,7 +80,6 @@ PLAIN_RECIPE = {
     "warmup_epochs": 0.0,
     "batch_norm": "trained",
     "smallest_crop": 0.08,  # torchvision's RandomResizedCrop
-    "augmentation": "basic",
     "label_smoothing": 0.0,
     "ema_decay": 0.0,
 }

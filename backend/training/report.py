@@ -130,6 +130,7 @@ def write_report(
             num_mistakes=len(mistakes),
             hits=[_with_thumbnail(row) for row in hits[:HITS_SHOWN]],
             audit=_audit_summary(facts["audit"]),
+            only_drawn=_only_drawn(facts),
         )
     )
     # backslashreplace: a file name may hold bytes that are no text
