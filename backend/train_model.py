@@ -53,36 +53,34 @@ from app.ml.model import (
 )
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import ImageError
-from training.checkpoints import CheckpointError
+from training.compute.depthwise import float32_gradients
+from training.compute.devices import choose_device, choose_dtype, reuse_freed_memory
+from training.compute.distributed import Processes, join_processes, shared_gradients
+from training.compute.features import FeatureSource, feature_sources
 from training.config import (
-    ConfigError,
     TrainingConfig,
     config_from_args,
     flag_names,
     make_parser,
     without_password,
 )
-from training.datasets import DataError, FoodData, load_food_data
-from training.depthwise import float32_gradients
-from training.devices import choose_device, choose_dtype, reuse_freed_memory
-from training.distributed import Processes, join_processes, shared_gradients
-from training.features import FeatureSource, feature_sources
-from training.recording import recorded
-from training.release import RunFacts, release_model
-from training.resuming import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
-from training.run_state import (
+from training.data.splits import FoodData, load_food_data
+from training.errors import CheckpointError, ConfigError, DataError, TrainingError
+from training.release.release import RunFacts, release_model
+from training.run.record import RunRecord
+from training.run.recording import recorded
+from training.run.resume import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
+from training.run.state import (
     MicroBatch,
     Run,
-    TrainingError,
     Verdict,
     WeightAverage,
     fingerprint,
     pack_data,
     plain_copy,
 )
-from training.sample_food import draw_sample
+from training.sample.generate import draw_sample
 from training.step import autocast, train_step
-from training.tracking import RunRecord
 
 SYNC_SECONDS = 120
 GOES_ON = "; --resume auto goes on from the last checkpoint"
@@ -456,7 +454,7 @@ def dry_run(config: TrainingConfig, command: str) -> None:
 
 def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
     """Say what a released model sees on pictures; the exit code."""
-    from training.predicting import predict_paths
+    from training.commands.predict import predict_paths
 
     device = choose_device(config.device, 0)
     model = load_model_for_inference(config.output_dir, options.model_version, device)
@@ -473,7 +471,7 @@ def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
 
 def compare(versions: Sequence[int], config: TrainingConfig) -> None:
     """Print and draw how two released versions differ on the images both were tested on."""
-    from training.comparing import compare_versions
+    from training.commands.compare import compare_versions
 
     page = compare_versions(config.output_dir, *versions)
     logger.info("comparison %s", page)
@@ -481,7 +479,7 @@ def compare(versions: Sequence[int], config: TrainingConfig) -> None:
 
 def sync_command(run_dir: Path) -> int:
     """Bring MLflow level with a run's record; 0 if it is."""
-    from training.mlflow_mirror import sync  # imports mlflow, which training itself never does
+    from training.run.mlflow_mirror import sync  # imports mlflow, which training itself never does
 
     result = sync(run_dir, deadline_seconds=SYNC_SECONDS)
     logger.info("%s", result.message)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(REPOSITORY / "backend"))
 
 def usual_memory() -> None:
     """Let malloc behave as it does by itself after some large blocks, for a baseline's turn."""
-    from training.devices import reuse_freed_memory
+    from training.compute.devices import reuse_freed_memory
 
     reuse_freed_memory(32 << 20, 64 << 20)
 

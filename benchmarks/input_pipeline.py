@@ -20,11 +20,11 @@ from torchvision import transforms
 import train_model
 from app.ml.model import backbone
 from app.ml.preprocessing import PreprocessConfig
-from training.augmentation import color_jitter
-from training.batches import Key, TrainImages, collate
+from training.compute.devices import reuse_freed_memory
 from training.config import TrainingConfig
-from training.devices import reuse_freed_memory
-from training.image_cache import ImageCache
+from training.data.augmentation import color_jitter
+from training.data.cache import ImageCache
+from training.data.loader import Key, TrainImages, collate
 
 BATCH = 32
 

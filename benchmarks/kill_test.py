@@ -120,7 +120,7 @@ def set_trap(trap: Trap) -> None:
     """Let the moments of this process pass through the trap."""
     import train_model
     from training import step
-    from training.features import FeatureStore
+    from training.compute.features import FeatureStore
 
     real = {name: getattr(os, name) for name in ("replace", "fsync", "unlink", "fdopen")}
 
@@ -173,7 +173,7 @@ def live(
     import torch
 
     import train_model
-    from training import resuming
+    from training.run import resume as resuming
 
     torch.set_num_threads(1)
     resuming.CHECKPOINT_SECONDS = save_seconds  # type: ignore[assignment]
@@ -199,7 +199,7 @@ def start(
     """
     os.environ.setdefault("PYTHONPATH", os.pathsep.join([str(BACKEND), str(REPOSITORY)]))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train_model", "training.release"])
+    context.set_forkserver_preload(["train_model", "training.release.release"])
     process = context.Process(target=live, args=(argv, log, trap, save_seconds, prepare))
     process.start()
     return process

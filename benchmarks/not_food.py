@@ -27,7 +27,7 @@ from torch import Tensor
 from app.ml.artifacts import report_folder_name
 from app.ml.predictor import FoodPredictor, load_model_for_inference, nearest_centroid
 from app.ml.preprocessing import normalize
-from training.decision import verdict_shares
+from training.release.calibration import verdict_shares
 
 SIDE = 320
 OF_EACH = 25

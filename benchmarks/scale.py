@@ -48,9 +48,9 @@ def start(data_dir: Path, folder: Path) -> None:
     import torch
 
     import train_model
+    from training.compute.distributed import Processes
+    from training.compute.features import feature_sources
     from training.config import TrainingConfig
-    from training.distributed import Processes
-    from training.features import feature_sources
 
     config = TrainingConfig(data_dir=data_dir, weights="none", checkpoint_dir=folder)
     device = torch.device("cpu")
@@ -76,7 +76,7 @@ def main() -> None:
     if options.start:
         start(*options.start)
         return
-    from training.sample_food import draw_sample
+    from training.sample.generate import draw_sample
 
     print(alternating.machine())
     print(f"{'images':>10} {'listed (s)':>14} {'1st batch (s)':>14} {'peak (MB)':>14}")

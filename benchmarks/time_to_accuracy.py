@@ -25,8 +25,8 @@ import train_model
 from app.ml.model import backbone
 from app.ml.predictor import TorchNetwork
 from app.ml.preprocessing import PreprocessConfig
-from training.datasets import Split
-from training.release import predict_split
+from training.data.splits import Split
+from training.release.release import predict_split
 
 CPU = torch.device("cpu")
 

@@ -25,13 +25,13 @@ from torchvision import transforms
 
 import train_model
 from app.ml.model import backbone, build_model, load_pretrained, split_model
+from training.compute.depthwise import float32_gradients
+from training.compute.devices import reuse_freed_memory
+from training.compute.distributed import Processes
+from training.compute.features import feature_sources
 from training.config import TrainingConfig
-from training.datasets import FoodData, Split
-from training.depthwise import float32_gradients
-from training.devices import reuse_freed_memory
-from training.distributed import Processes
-from training.features import feature_sources
-from training.resuming import Keeper
+from training.data.splits import FoodData, Split
+from training.run.resume import Keeper
 
 CPU = torch.device("cpu")
 

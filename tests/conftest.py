@@ -85,7 +85,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> "Outcome":
     """What three epochs lead to when nothing happens."""
     from benchmarks.kill_test import outcome
-    from tests.short_runs import costs_said, one_thread, quick_release, train
+    from tests.support.short_runs import costs_said, one_thread, quick_release, train
 
     import train_model
 
@@ -99,7 +99,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> "Outc
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """On one thread, with a quick release, and with what the runs cost printed."""
-    from tests.short_runs import costs_said, one_thread, quick_release
+    from tests.support.short_runs import costs_said, one_thread, quick_release
 
     import train_model
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.kill_test import BACKEND, Outcome, arguments, draw_photos, outcome, start
-from tests.short_runs import (
+from tests.support.short_runs import (
     COSTS,
     EPOCHS,
     SECONDS,
@@ -41,12 +41,17 @@ from app.ml import artifacts
 from app.ml.artifacts import list_versions, read_record
 from app.ml.model import TrainedPart
 from app.ml.predictor import load_model_for_inference
-from training import checkpoints, features, release, resuming, step, tracking
-from training.checkpoints import load_checkpoint
-from training.datasets import load_food_data
-from training.features import FrozenPart
-from training.release import RunFacts
-from training.run_state import MicroBatch
+from training import step
+from training.compute import features
+from training.compute.features import FrozenPart
+from training.data.splits import load_food_data
+from training.release import release
+from training.release.release import RunFacts
+from training.run import checkpoints
+from training.run import record as tracking
+from training.run import resume as resuming
+from training.run.checkpoints import load_checkpoint
+from training.run.state import MicroBatch
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 REAL_RELEASE = train_model.release_model

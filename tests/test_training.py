@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.kill_test import EXACT, Outcome, Trap, arguments, draw_photos, outcome, start
-from tests.short_runs import (
+from tests.support.short_runs import (
     EPOCHS,
     SECONDS,
     after,
@@ -27,9 +27,12 @@ from torch import nn
 import train_model
 from app.ml.artifacts import read_record
 from app.ml.model import build_model
-from training import checkpoints, features, resuming, step
-from training.checkpoints import load_checkpoint
-from training.run_state import Run
+from training import step
+from training.compute import features
+from training.run import checkpoints
+from training.run import resume as resuming
+from training.run.checkpoints import load_checkpoint
+from training.run.state import Run
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 ADD_GRADIENTS = step.add_gradients

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from app.ml.model import BACKBONES
+from training.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-class ConfigError(ValueError):
-    """A setting that is not allowed; the message names flag, value and what is allowed."""
 
 
 @dataclass(frozen=True)

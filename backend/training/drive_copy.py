@@ -17,13 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.checkpoints import (
-    KEEP,
-    CheckpointError,
-    load_checkpoint,
-    newest_checkpoint,
-    run_folders,
-)
+from training.errors import CheckpointError
+from training.run.checkpoints import KEEP, load_checkpoint, newest_checkpoint, run_folders
 
 POLL_SECONDS = 15.0
 LAST_TRIES = 3

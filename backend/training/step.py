@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from app.ml.model import dropout_mask
-from training.distributed import Processes
-from training.features import FeatureBatch
-from training.run_state import Run, TrainingError, is_out_of_memory
+from training.compute.distributed import Processes
+from training.compute.features import FeatureBatch
+from training.errors import TrainingError
+from training.run.state import Run, is_out_of_memory
 
 
 def train_step(

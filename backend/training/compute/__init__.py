@@ -1,0 +1,1 @@
+"""From pixels to features, and what the arithmetic runs on."""

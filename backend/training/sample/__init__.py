@@ -1,0 +1,1 @@
+"""Drawn plates: a small set of synthetic pictures to try the whole job with, no download."""

@@ -1,0 +1,314 @@
+"""The rules of a run: when the rate falls, when it stops, which epoch is the best; the average of
+the weights; and what a checkpoint must bring back."""
+
+import copy
+import math
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import train_model
+from app.ml.model import TrainedPart
+from training.config import TrainingConfig
+from training.data.splits import FoodData, Split
+from training.errors import TrainingError
+from training.run.state import (
+    MicroBatch,
+    Progress,
+    Run,
+    Verdict,
+    WeightAverage,
+    fingerprint,
+    plain_copy,
+)
+
+CPU = torch.device("cpu")
+
+
+class Tiny(nn.Module):
+    """A network with all there is in a real one: convolution, batch-norm, head."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(2, width, 3), nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Linear(width, 4)
+
+
+def tiny_data() -> FoodData:
+    split = Split(("a/1.jpg", "a/2.jpg", "b/1.jpg"), np.array([0, 0, 1]))
+    return FoodData({"a": 0, "b": 1}, split, split, split, [], {})
+
+
+def make_run(**changes: Any) -> Run:
+    """A run as `build_run` makes it, around a tiny network."""
+    config = TrainingConfig(**{"freeze_layers": 0, **changes})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_model, "build_model", lambda *_: Tiny())
+        patch.setattr(train_model, "load_pretrained", lambda *_: "")
+        patch.setattr(train_model, "backbone", lambda _: SimpleNamespace(layers=lambda _: []))
+        patch.setattr(
+            train_model,
+            "split_model",
+            lambda model, *_: (nn.Identity(), TrainedPart([model.block], model.head)),
+        )
+        patch.setattr(train_model, "describe_split", lambda *_: "")
+        run, _ = train_model.build_run(config, tiny_data(), CPU)
+    return run
+
+
+def train_steps(run: Run, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    run.trained.train()
+    for _ in range(steps):
+        images = torch.rand(4, 2, 5, 5, generator=generator)
+        run.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(run.trained(images), torch.tensor([0, 1, 2, 3]))
+        loss.backward()
+        run.optimizer.step()
+        run.average.update()
+
+
+def same(left: Any, right: Any) -> bool:
+    """Deeply equal, tensors bit for bit."""
+    if isinstance(left, torch.Tensor):
+        return (
+            isinstance(right, torch.Tensor)
+            and left.dtype == right.dtype
+            and torch.equal(left, right)
+        )
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+# The plateau rule -----------------------------------------------------------------------------
+
+# Some differ by a millionth, which counts as lower too.
+LOSS = st.tuples(st.integers(0, 6), st.integers(0, 3)).map(lambda n: n[0] / 4 + n[1] / 1e6)
+LOSSES = st.lists(LOSS | st.floats(0, 9), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    losses=LOSSES,
+    patience=st.integers(0, 4),
+    factor=st.sampled_from([0.1, 0.5, 0.9]),
+    rate=st.sampled_from([1e-1, 1e-3]),
+)
+def test_property_9_the_rate_falls_exactly_when_it_should(
+    losses: list[float], patience: int, factor: float, rate: float
+) -> None:
+    """After more than `patience` epochs without a lower loss; any lower loss counts."""
+    run = make_run(
+        scheduler_patience=patience, scheduler_factor=factor, learning_rate=rate, backbone_rate=0.5
+    )
+    rates = [rate, rate * 0.5]  # of the head, of the layers before it
+    lowest, bad = math.inf, 0
+    for loss in losses:
+        run.lr_scheduler.step(loss)
+        if loss < lowest:
+            lowest, bad = loss, 0
+        else:
+            bad += 1
+        if bad > patience:
+            bad = 0
+            # torch leaves a rate alone that would hardly change
+            rates = [r * factor if r - r * factor > 1e-8 else r for r in rates]
+        assert [group["lr"] for group in run.optimizer.param_groups] == rates
+
+
+# The verdict ----------------------------------------------------------------------------------
+
+EPOCHS = st.lists(
+    st.tuples(st.integers(0, 4).map(lambda n: n / 2), st.integers(0, 3).map(lambda n: n / 3)),
+    max_size=30,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(epochs=EPOCHS, patience=st.integers(1, 6))
+def test_property_10_stopping_and_the_best_epoch_are_exactly_as_said(
+    epochs: list[tuple[float, float]], patience: int
+) -> None:
+    verdict = Verdict(patience)
+    assert not verdict.should_stop
+    for number in range(1, len(epochs) + 1):
+        loss, accuracy = epochs[number - 1]
+        is_best = verdict.judge(number, loss, accuracy)
+        seen = epochs[:number]
+        highest = max(a for _, a in seen)
+        lowest_of_best = min(loss for loss, a in seen if a == highest)
+        best = 1 + seen.index((lowest_of_best, highest))
+        assert verdict.best_epoch == best
+        assert is_best == (best == number)
+        assert (verdict.best_acc, verdict.best_loss) == (highest, lowest_of_best)
+        lowest_at = 1 + [loss for loss, _ in seen].index(min(loss for loss, _ in seen))
+        assert verdict.should_stop == (number - lowest_at >= patience)
+
+
+def test_random_layers_learn_at_the_rate_of_the_head() -> None:
+    """A smaller rate protects what pretraining gave; without it there is nothing to protect."""
+    for weights, share in (("imagenet", 0.2), ("none", 1.0)):
+        run = make_run(weights=weights, learning_rate=0.1, backbone_rate=0.2)
+        assert [group["lr"] for group in run.optimizer.param_groups] == [0.1, 0.1 * share]
+        sizes = [len(group["params"]) for group in run.optimizer.param_groups]
+        assert sizes == [2, len(list(run.trained.parameters())) - 2]
+
+
+def test_a_run_is_done_after_its_epochs_or_when_the_verdict_says_so() -> None:
+    run = make_run(epochs=3, early_stopping_patience=1)
+    assert not run.is_done
+    run.progress.epoch = 3
+    assert run.is_done
+    run.progress.epoch = 2
+    run.verdict.judge(1, 1.0, 0.5)
+    assert not run.is_done
+    run.verdict.judge(2, 1.0, 0.6)
+    assert run.is_done
+
+
+# The average ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(decay=st.floats(0.01, 0.999), steps=st.integers(1, 12), seed=st.integers(0, 99))
+def test_the_average_follows_its_formula_statistics_included(
+    decay: float, steps: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model = Tiny()
+    trained = TrainedPart([model.block], model.head)
+    average = WeightAverage(trained, decay)
+    expected = {k: v.double().clone() for k, v in trained.state_dict().items()}
+    for n in range(1, steps + 1):
+        with torch.no_grad():
+            for value in trained.state_dict().values():
+                if value.is_floating_point():
+                    value.add_(torch.randn_like(value))
+        average.update()
+        kept = min(decay, (1 + n) / (10 + n))
+        for key, value in trained.state_dict().items():
+            expected[key] = kept * expected[key] + (1 - kept) * value.double()
+    assert any(key.endswith("running_var") for key in expected)
+    for key, value in average.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[key], atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for p in average.module.parameters())
+
+
+def test_without_decay_the_average_is_the_trained_part_itself() -> None:
+    run = make_run(ema_decay=0.0)
+    assert run.average.module is run.trained
+    train_steps(run, 2)
+    assert run.average.module is run.trained and run.average.updates == 2
+    assert run.state()["average"] == {}
+
+
+# Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[8], [4, 4], [3, 3, 2], [1] * 8])
+def test_a_micro_batch_covers_each_image_once(parts: list[int]) -> None:
+    slices = MicroBatch(parts[0]).parts(8)
+    assert [list(range(8))[part] for part in slices] == [
+        list(range(sum(parts[:i]), sum(parts[: i + 1]))) for i in range(len(parts))
+    ]
+    assert MicroBatch(3).parts(0) == [slice(0, 3)]
+
+
+def test_the_micro_batch_halves_when_memory_runs_out_and_for_no_other_reason() -> None:
+    gpu = torch.OutOfMemoryError("CUDA out of memory")
+    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    micro_batch = MicroBatch(5)
+    for error, size in [(gpu, 3), (cpu, 2), (gpu, 1)]:
+        micro_batch.halve(error)
+        assert micro_batch.size == size
+    with pytest.raises(TrainingError, match="not enough memory for a single image"):
+        micro_batch.halve(cpu)
+    with pytest.raises(RuntimeError, match="another"):
+        MicroBatch(8).halve(RuntimeError("another"))
+
+
+# Progress and the whole state -----------------------------------------------------------------
+
+
+def test_progress_sums_and_starts_anew() -> None:
+    progress = Progress()
+    progress.add(3.0, 2, 4, seconds=0.5)
+    progress.add(1.0, 1.0, 2.0, seconds=1.5)
+    assert (progress.batch, progress.loss_sum, progress.correct, progress.count) == (2, 4.0, 3, 6)
+    assert progress.seconds == 2.0
+    progress.finish_epoch({"val_loss": 1.0})
+    assert progress == Progress(epoch=1, history=[{"val_loss": 1.0}])
+
+
+def test_the_state_is_a_copy_that_training_does_not_change() -> None:
+    run = make_run()
+    train_steps(run, 1)
+    state = run.state()
+    weights = {k: v.clone() for k, v in state["model"].items()}
+    averages = {k: v.clone() for k, v in state["average"].items()}
+    train_steps(run, 2, seed=1)
+    assert same(state["model"], weights) and same(state["average"], averages)
+    assert not same(run.state()["model"], weights)
+
+
+def test_a_plain_copy_is_contiguous_and_on_the_cpu() -> None:
+    images = torch.rand(2, 3, 4, 4).to(memory_format=torch.channels_last).requires_grad_()
+    copied = plain_copy(OrderedDict(a=images))["a"]
+    assert copied.is_contiguous() and not copied.requires_grad
+    assert torch.equal(copied, images)
+
+
+def test_a_resumed_run_may_have_another_patience() -> None:
+    run = make_run(early_stopping_patience=5)
+    run.verdict.judge(1, 1.0, 0.5)
+    run.verdict.judge(2, 2.0, 0.5)
+    later = make_run(early_stopping_patience=1)
+    later.restore(run.state())
+    assert later.verdict == Verdict(1, 1, 0.5, 1.0, 1.0, 1)
+    assert later.is_done
+
+
+def changed(**parts: Any) -> FoodData:
+    values = {**vars(tiny_data()), **parts}
+    return FoodData(**values)
+
+
+def test_the_fingerprint_changes_with_the_images_and_not_with_their_folder() -> None:
+    split = tiny_data().train
+    assert fingerprint(tiny_data()) == fingerprint(
+        changed(train=Split(tuple(f"/elsewhere/{path}" for path in split.paths), split.labels))
+    )
+    others = [
+        changed(class_to_idx={"a": 1, "b": 0}),
+        changed(train=Split(split.paths[:2], split.labels[:2])),
+        changed(train=Split(("a/9.jpg", *split.paths[1:]), split.labels)),
+        changed(val=Split(split.paths, np.array([0, 1, 1]))),
+        changed(test=Split(split.paths[::-1], split.labels)),
+    ]
+    prints = {fingerprint(data) for data in [tiny_data(), *others]}
+    assert len(prints) == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes"),
+    [({}, False), ({"batch_norm": "trained"}, True), ({"weights": "none"}, True)],
+)
+def test_batch_norm_keeps_its_pretrained_statistics_unless_told_or_without_any(
+    flags: dict[str, str], changes: bool
+) -> None:
+    run = make_run(**flags)
+    before = copy.deepcopy(dict(run.trained.named_buffers()))
+    run.train_mode()
+    run.trained(torch.rand(4, 2, 5, 5))
+    assert same(before, dict(run.trained.named_buffers())) is not changes
