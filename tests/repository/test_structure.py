@@ -67,6 +67,7 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
+        ("app.ml.machine", set()),
         ("app.ml.model", set()),
         ("app.ml.preprocessing", set()),
         ("app.ml.artifacts", {"app.ml.model", "app.ml.preprocessing"}),
