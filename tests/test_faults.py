@@ -37,7 +37,6 @@ from tests.support.short_runs import (
 )
 
 import train_model
-from app.ml import artifacts
 from app.ml.artifacts import list_versions, read_record
 from app.ml.model import TrainedPart
 from app.ml.predictor import load_model_for_inference
@@ -454,7 +453,7 @@ def die_before(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 
-    artifacts.os.replace = deadly  # type: ignore[assignment]
+    os.replace = deadly  # type: ignore[assignment]
 
 
 @needs_fork

@@ -70,7 +70,8 @@ def test_there_is_something_to_check() -> None:
         ("app.ml.machine", set()),
         ("app.ml.model", set()),
         ("app.ml.preprocessing", set()),
-        ("app.ml.artifacts", {"app.ml.model", "app.ml.preprocessing"}),
+        ("app.ml.durable", set()),
+        ("app.ml.artifacts", {"app.ml.durable", "app.ml.model", "app.ml.preprocessing"}),
         ("app.ml.predictor", {"app.ml.artifacts", "app.ml.model", "app.ml.preprocessing"}),
         ("app.settings", set()),
         ("app.schemas", {"app.nutrition"}),
@@ -85,7 +86,7 @@ def test_there_is_something_to_check() -> None:
         ("training.data.augmentation", {"app.ml.preprocessing"}),
         ("training.data.cache", {"app.ml.preprocessing"}),
         ("training.config", {"app.ml.model"}),
-        ("training.run.checkpoints", {"app.ml.artifacts"}),
+        ("training.run.checkpoints", {"app.ml.artifacts", "app.ml.durable"}),
         ("training.release.calibration", {"app.ml.artifacts", "training.release.metrics"}),
     ],
 )

@@ -10,7 +10,6 @@ current version. A version exists exactly if its record does: it is the last of 
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
+from app.ml.durable import check_writable, file_lock, replace_file, sync_folder, write_durably
 from app.ml.model import BACKBONES
 from app.ml.preprocessing import PreprocessConfig
 
@@ -235,31 +234,13 @@ def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
 # Saving ---------------------------------------------------------------------------------------
 
 
-def write_durably(path: Path, data: bytes | memoryview) -> None:
-    """Replace a file so that after any crash it holds its old or its new content, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+def check_output_dir(output_dir: Path, flag: str = "--output_dir") -> None:
+    """Prove, before hours of training, that a version can be saved in a folder.
 
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Raises:
+        FolderError: one line that names the flag.
+    """
+    check_writable(output_dir, flag, LOCK_NAME)
 
 
 def state_bytes(state: object) -> memoryview:
@@ -290,7 +271,7 @@ def save_version(
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(output_dir / LOCK_NAME):
+        with file_lock(output_dir / LOCK_NAME):
             remove_leftovers(output_dir)
             version = _next_version(output_dir)
             staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".staging-"))
@@ -346,13 +327,13 @@ def _publish(staging: Path, output_dir: Path, version: int) -> None:
     (output_dir / f"{PUBLISHING}{version}").touch()
     for name in (*_file_names(version), report_folder_name(version)):
         if (staging / name).exists():
-            os.replace(staging / name, output_dir / name)
+            replace_file(staging / name, output_dir / name)
     sync_folder(output_dir)
     current = [output_dir / name for name in (CLASS_MAP_NAME, CONFIG_NAME)]
     before = {path: path.read_bytes() if path.exists() else None for path in current}
     try:
         for name in (record_name(version), CLASS_MAP_NAME, CONFIG_NAME):
-            os.replace(staging / name, output_dir / name)
+            replace_file(staging / name, output_dir / name)
             sync_folder(output_dir)
     except BaseException:
         (output_dir / record_name(version)).unlink(missing_ok=True)
@@ -395,7 +376,7 @@ def _next_version(output_dir: Path) -> int:
 def make_current(output_dir: Path, record: ModelRecord) -> None:
     """Finish a release that was cut off when its version was complete: tidy up, and let the current
     files name it if it is the newest."""
-    with FileLock(output_dir / LOCK_NAME):
+    with file_lock(output_dir / LOCK_NAME):
         remove_leftovers(output_dir)
         if record.version == list_versions(output_dir)[-1]:
             for name, data in _current_files(record).items():

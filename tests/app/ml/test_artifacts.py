@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile
@@ -43,7 +42,6 @@ from app.ml.artifacts import (
     report_folder_name,
     save_version,
     weights_name,
-    write_durably,
 )
 from app.ml.preprocessing import PreprocessConfig
 
@@ -169,15 +167,15 @@ class Injected:
         return step
 
 
-STEPS = [(os, "replace"), (os, "fsync"), (os, "chmod"), (tempfile, "mkstemp"), (torch, "save")]
+STEPS = [(os, "replace"), (os, "fsync"), (tempfile, "mkdtemp"), (torch, "save")]
 
 
 @contextmanager
 def failing(injected: Injected, after: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in STEPS:
-            # What mkstemp made before it failed nobody could clean up, so it fails before.
-            late = after and name != "mkstemp"
+            # What mkdtemp made before it failed nobody could clean up, so it fails before.
+            late = after and name != "mkdtemp"
             patch.setattr(module, name, injected.wrap(getattr(module, name), late))
         yield
 
@@ -273,38 +271,6 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(SaveError, match=r"could not be saved in .*file.*untouched"):
         save(tmp_path / "file" / "ml-models")
-
-
-def test_a_file_is_on_the_disk_before_it_takes_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise a power cut leaves the name with nothing behind it."""
-    calls: list[str] = []
-    replace = os.replace
-
-    def noted(*paths: Any) -> None:
-        calls.append("replace")
-        replace(*paths)
-
-    def synced(descriptor: int) -> None:
-        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        calls.append("folder" if is_folder else "file")
-
-    monkeypatch.setattr(os, "replace", noted)
-    monkeypatch.setattr(os, "fsync", synced)
-    write_durably(tmp_path / "facts.json", b"new")
-    assert calls == ["file", "replace", "folder"]
-
-
-def test_a_write_that_fails_leaves_the_old_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "facts.json"
-    write_durably(path, b"old")
-    monkeypatch.setattr(artifacts.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        write_durably(path, b"new")
-    assert contents(tmp_path) == {"facts.json": b"old"}
 
 
 SAVE_TWICE = """

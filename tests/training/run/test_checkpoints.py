@@ -20,7 +20,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.training.run.test_state import make_run, same, tiny_data, train_steps
 
-from app.ml import artifacts
 from training.compute.distributed import Processes
 from training.config import TrainingConfig
 from training.data.splits import FoodData, Split
@@ -286,7 +285,7 @@ def test_a_save_that_fails_leaves_the_old_ones(at: int, kept: int, name: str) ->
         for epoch in range(1, kept + 1):
             save_checkpoint(folder, state(epoch))
         before = files(folder)
-        patch.setattr(artifacts.os, name, full)
+        patch.setattr(os, name, full)
         try:
             save_checkpoint(folder, state(9))
             expected = 9
