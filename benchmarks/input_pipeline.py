@@ -64,7 +64,6 @@ def main() -> None:
             seed=0,
             crop=recipe.crop,
             smallest_crop=0.08,
-            trivial=False,
         )
 
         def ours() -> int:

@@ -289,7 +289,6 @@ def feature_sources(
         config.seed,
         preprocessing.crop,
         config.smallest_crop,
-        trivial=config.augmentation == "trivial",
     )
     train_loader = ImageLoader(
         train_images,

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, load_image
-from training.data.augmentation import crop_and_flip, draw_augmentation, trivial_augment
+from training.data.augmentation import augment
 from training.data.cache import ImageCache
 
 MOST_READERS = 8
@@ -43,7 +43,7 @@ class Item(NamedTuple):
 
     key: Key
     pixels: Tensor | None
-    color: tuple[float, float, float, float] | None
+    color: Tensor | None
     problem: str | None
 
 
@@ -68,10 +68,7 @@ class Batch:
 
 
 class TrainImages(Dataset[Item]):
-    """Augmented pixels of the training split, read through the cache.
-
-    trivial: with TrivialAugment after crop and flip.
-    """
+    """Augmented pixels of the training split, read through the cache."""
 
     def __init__(
         self,
@@ -80,30 +77,24 @@ class TrainImages(Dataset[Item]):
         seed: int,
         crop: int,
         smallest_crop: float,
-        *,
-        trivial: bool,
     ) -> None:
         self.paths, self.cache, self.seed = paths, cache, seed
-        self.crop, self.smallest_crop, self.trivial = crop, smallest_crop, trivial
+        self.crop, self.smallest_crop = crop, smallest_crop
 
     def __getitem__(self, key: Key) -> Item:
         try:
             image = self.cache.load(self.paths[key.image])
         except (ImageError, OSError) as error:
             return Item(key, None, None, str(error))
-        _, height, width = image.shape
-        augmentation = draw_augmentation(
-            height,
-            width,
+        pixels, color = augment(
+            image,
+            self.crop,
+            self.smallest_crop,
             seed=self.seed,
             view=key.view,
             index=key.image,
-            smallest_crop=self.smallest_crop,
         )
-        pixels = crop_and_flip(image, augmentation, self.crop)
-        if self.trivial:
-            pixels = trivial_augment(pixels, augmentation.trivial_seed)
-        return Item(key, pixels, augmentation.color, None)
+        return Item(key, pixels, color, None)
 
 
 class EvalImages(Dataset[Item]):
@@ -164,7 +155,7 @@ def collate(items: list[Item], crop: int) -> Batch:
     colors = [item.color for item in read if item.color is not None]
     return Batch(
         images=torch.stack(pixels) if read else torch.empty(0, 3, crop, crop, dtype=torch.uint8),
-        color=torch.tensor(colors) if colors else None,
+        color=torch.stack(colors) if colors else None,
         indices=torch.tensor([item.key.image for item in read], dtype=torch.int64),
         rows=torch.tensor([item.key.row for item in read], dtype=torch.int64),
         problems=[(item.key.image, item.problem) for item in items if item.problem is not None],

@@ -57,7 +57,7 @@ def source(
     photos: tuple[str, ...], folder: Path, num_views: int, train: bool = True
 ) -> FeatureSource:
     dataset = (
-        TrainImages(photos, ImageCache(None), seed=3, crop=32, smallest_crop=0.25, trivial=True)
+        TrainImages(photos, ImageCache(None), seed=3, crop=32, smallest_crop=0.25)
         if train
         else EvalImages(photos, CONFIG)
     )

@@ -1,6 +1,7 @@
 """The training pipeline: shapes, ranges, and randomness that follows from numbers alone."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,14 +12,7 @@ from torch import Tensor
 
 from app.ml.model import BACKBONES
 from app.ml.preprocessing import PreprocessConfig, normalize
-from training.data.augmentation import (
-    CROP_RATIO,
-    Augmentation,
-    color_jitter,
-    crop_and_flip,
-    draw_augmentation,
-    trivial_augment,
-)
+from training.data.augmentation import CROP_RATIO, augment, color_jitter
 
 CONFIGS = [PreprocessConfig(**row.preprocessing) for row in BACKBONES.values()]
 CONFIG = CONFIGS[0]
@@ -32,9 +26,46 @@ def pixels(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def to_unit(images: Tensor, config: PreprocessConfig) -> Tensor:
-    """Takes the normalising back: values on a 0-1 scale."""
+    """Undo the normalization: values on a 0-1 scale."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     return images * std + mean
+
+
+def coordinates(height: int, width: int) -> Tensor:
+    """An image whose pixels say where they are: column in channel 0, row in channel 1."""
+    columns, rows = torch.arange(width), torch.arange(height)
+    image = [
+        columns.expand(height, -1),
+        rows[:, None].expand(-1, width),
+        torch.zeros(height, width),
+    ]
+    return torch.stack(image).byte()
+
+
+class Box(NamedTuple):
+    """What was cut out of an image of `coordinates`, in its pixels, and whether it was flipped."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    flipped: bool
+
+
+def box_of(height: int, width: int, *, min_scale: float, index: int, crop: int = 64) -> Box:
+    seen, _ = augment(coordinates(height, width), crop, min_scale, seed=1, view=2, index=index)
+    columns, rows = seen[0, 0].double(), seen[1, :, 0].double()
+    a, b = crop // 8, crop - 1 - crop // 8  # away from the edges, where resizing is not linear
+    across, down = (columns[b] - columns[a]) / (b - a), (rows[b] - rows[a]) / (b - a)
+    top = rows[a] + 0.5 - (a + 0.5) * down
+    left = (
+        columns[a] + 0.5 - (a + 0.5) * across
+        if across > 0
+        else columns[b] + 0.5 + (crop - b - 0.5) * across
+    )
+    return Box(
+        float(top), float(left), float(down) * crop, abs(float(across)) * crop, bool(across < 0)
+    )
 
 
 @at_least_100
@@ -44,30 +75,26 @@ def to_unit(images: Tensor, config: PreprocessConfig) -> Tensor:
     key=st.tuples(st.integers(0, 2**31), st.integers(0, 500), st.integers(0, 10**6)),
     config=st.sampled_from(CONFIGS),
     fill=st.sampled_from([None, 0, 255]),
-    smallest=st.floats(0.01, 1),
-    trivial=st.booleans(),
+    min_scale=st.floats(0.01, 1),
 )
-@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None, smallest=0.08, trivial=True)
-@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255, smallest=1.0, trivial=True)
+@example(height=1, width=20, key=(0, 0, 0), config=CONFIG, fill=None, min_scale=0.08)
+@example(height=400, width=20, key=(0, 0, 0), config=CONFIG, fill=255, min_scale=1.0)
 def test_property_2_augmentation_keeps_shape_and_pixel_range(
     height: int,
     width: int,
     key: tuple[int, int, int],
     config: PreprocessConfig,
     fill: int | None,
-    smallest: float,
-    trivial: bool,
+    min_scale: float,
 ) -> None:
     image = pixels(height, width, key[2])
     if fill is not None:
         image.fill_(fill)
-    augmentation = draw_augmentation(
-        height, width, seed=key[0], view=key[1], index=key[2], smallest_crop=smallest
-    )
-    cropped = crop_and_flip(image, augmentation, 224)
-    cropped = trivial_augment(cropped, augmentation.trivial_seed) if trivial else cropped
+    seed, view, index = key
+    cropped, color = augment(image, 224, min_scale, seed=seed, view=view, index=index)
     assert (cropped.dtype, cropped.shape) == (torch.uint8, (3, 224, 224))
-    batch = color_jitter(cropped.unsqueeze(0), torch.tensor([augmentation.color]), config)
+    assert (color.dtype, color.shape) == (torch.float32, (4,)) and color.abs().max() <= 1
+    batch = color_jitter(cropped[None], color[None], config)
     assert (batch.dtype, batch.shape) == (torch.float32, (1, 3, 224, 224))
     assert batch.isfinite().all()
     unit = to_unit(batch, config)
@@ -76,99 +103,79 @@ def test_property_2_augmentation_keeps_shape_and_pixel_range(
 
 @at_least_100
 @given(draws=st.lists(st.floats(-1, 1), min_size=4, max_size=4), seed=st.integers(0, 99))
-def test_the_strongest_colours_stay_in_range_too(draws: list[float], seed: int) -> None:
+def test_the_strongest_colors_stay_in_range_too(draws: list[float], seed: int) -> None:
     unit = to_unit(color_jitter(pixels(9, 9, seed)[None], torch.tensor([draws]), CONFIG), CONFIG)
     assert unit.min() >= -1e-5 and unit.max() <= 1 + 1e-5
 
 
 @at_least_100
-@given(height=SIDES, width=SIDES, index=st.integers(0, 10**6), smallest=st.floats(0.01, 0.6))
+@given(
+    height=st.integers(100, 256),
+    width=st.integers(100, 256),
+    index=st.integers(0, 10**6),
+    min_scale=st.floats(0.1, 0.6),
+)
 def test_the_crop_lies_inside_and_is_as_large_and_wide_as_allowed(
-    height: int, width: int, index: int, smallest: float
+    height: int, width: int, index: int, min_scale: float
 ) -> None:
-    box = draw_augmentation(height, width, seed=1, view=2, index=index, smallest_crop=smallest)
-    assert 0 <= box.top <= box.top + box.height <= height
-    assert 0 <= box.left <= box.left + box.width <= width
-    assert box.height > 0 and box.width > 0
-    # Sides are rounded to whole pixels, hence the half pixel each way.
-    least, most = ((box.width + d) / max(box.height - d, 0.5) for d in (-0.5, 0.5))
+    box = box_of(height, width, min_scale=min_scale, index=index)
+    pixel = 1.5  # coordinates are rounded to whole numbers, here and there
+    assert box.top > -pixel and box.top + box.height < height + pixel
+    assert box.left > -pixel and box.left + box.width < width + pixel
+    least, most = ((box.width + d) / (box.height - d) for d in (-2 * pixel, 2 * pixel))
     assert most >= CROP_RATIO[0] and least <= CROP_RATIO[1]
-    if min(height, width) > 50 and 0.5 < height / width < 2:
-        assert box.height * box.width >= 0.95 * smallest * height * width
-    assert all(-1 <= draw <= 1 for draw in box.color)
+    area = (box.height + 2 * pixel) * (box.width + 2 * pixel)
+    assert area >= min_scale * height * width or max(height, width) > 2 * min(height, width)
 
 
 @at_least_100
 @given(st.integers(0, 2**40), st.integers(0, 500), st.integers(0, 10**6))
-def test_the_draw_follows_from_seed_view_and_image(seed: int, view: int, index: int) -> None:
-    def draw(seed: int, view: int, index: int) -> Augmentation:
-        return draw_augmentation(300, 256, seed=seed, view=view, index=index, smallest_crop=0.25)
-
-    first = draw(seed, view, index)
+def test_the_view_follows_from_seed_view_and_image(seed: int, view: int, index: int) -> None:
+    image = pixels(60, 50)
+    before, state = image.clone(), torch.get_rng_state()
+    cropped, color = augment(image, 32, 0.25, seed, view, index)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(image, before)
     torch.manual_seed(view)
     np.random.default_rng(view).random(9)
-    assert draw(seed, view, index) == first
-    assert first.color != draw(seed + 1, view, index).color
-    assert first.color != draw(seed, view + 1, index).color
-    assert first.color != draw(seed, view, index + 1).color
+    again, color_again = augment(image, 32, 0.25, seed, view, index)
+    assert torch.equal(again, cropped) and torch.equal(color_again, color)
+    for other in ((seed + 1, view, index), (seed, view + 1, index), (seed, view, index + 1)):
+        assert not torch.equal(augment(image, 32, 0.25, *other)[1], color)
+
+
+def test_a_view_stays_what_it_was_when_a_run_began() -> None:
+    """A run that is resumed with a later version of this code continues with the same views."""
+    cropped, color = augment(coordinates(200, 250), 4, 0.25, seed=42, view=3, index=7)
+    assert cropped[:2, 1, 1].tolist() == pytest.approx([58, 127], abs=1)
+    assert color.tolist() == pytest.approx([0.0132, 0.2082, 0.5405, -0.315], abs=1e-4)
 
 
 def test_half_of_the_images_are_flipped_and_the_crops_reach_everywhere() -> None:
-    draws = [
-        draw_augmentation(256, 340, seed=0, view=0, index=i, smallest_crop=0.08)
-        for i in range(2000)
-    ]
-    assert np.mean([draw.flip for draw in draws]) == pytest.approx(0.5, abs=0.04)
-    shares = [draw.height * draw.width / (256 * 340) for draw in draws]
+    boxes = [box_of(192, 256, min_scale=0.08, index=i, crop=32) for i in range(1500)]
+    assert np.mean([box.flipped for box in boxes]) == pytest.approx(0.5, abs=0.04)
+    shares = [box.height * box.width / (192 * 256) for box in boxes]
     assert min(shares) < 0.1 and max(shares) > 0.9
     # A box of nearly the whole area seldom fits, so the mean is below (0.08 + 1) / 2.
     assert 0.4 < np.mean(shares) < 0.54
-    colors = np.array([draw.color for draw in draws])
+
+
+def test_the_color_draws_are_uniform() -> None:
+    image = pixels(4, 4)
+    colors = np.array([augment(image, 4, 1, 0, 0, i)[1].numpy() for i in range(2000)])
     assert np.abs(colors.mean(axis=0)).max() < 0.05
     assert colors.std(axis=0) == pytest.approx(np.full(4, 1 / math.sqrt(3)), abs=0.03)
 
 
-def test_a_flip_is_left_for_right() -> None:
-    image = pixels(256, 300)
-    box = Augmentation(10, 20, 100, 90, False, (0, 0, 0, 0), 0)
-    plain, flipped = (crop_and_flip(image, box._replace(flip=f), 64) for f in (False, True))
-    assert torch.equal(flipped, plain.flip(2)) and not torch.equal(flipped, plain)
+def test_a_flip_is_left_for_right_and_nothing_else() -> None:
+    """A square that only the whole of fits: what is seen is the image, or its mirror image."""
+    image = pixels(30, 30)
+    seen = [augment(image, 30, 1, 0, view, 0)[0] for view in range(200)]
+    whole = [s for s in seen if torch.equal(s, image)]
+    mirrored = [s for s in seen if torch.equal(s, image.flip(2))]
+    assert whole and mirrored
 
 
-def test_the_box_is_what_is_cut_out() -> None:
-    image = pixels(256, 300)
-    box = Augmentation(10, 20, 64, 64, False, (0, 0, 0, 0), 0)
-    assert torch.equal(crop_and_flip(image, box, 64), image[:, 10:74, 20:84])
-
-
-# TrivialAugment -------------------------------------------------------------------------------
-
-
-@at_least_100
-@given(st.integers(0, 2**32 - 1))
-def test_the_change_follows_from_its_seed_and_leaves_other_randomness_alone(seed: int) -> None:
-    image = pixels(40, 40)
-    before, state = image.clone(), torch.get_rng_state()
-    changed = trivial_augment(image, seed)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.rand(seed % 7)
-    assert torch.equal(trivial_augment(image, seed), changed)
-    assert torch.equal(image, before)
-
-
-def test_most_changes_show_and_hardly_two_are_alike() -> None:
-    image = pixels(40, 40)
-    seeds = [
-        draw_augmentation(40, 40, seed=0, view=view, index=7, smallest_crop=1).trivial_seed
-        for view in range(200)
-    ]
-    changed = [trivial_augment(image, seed) for seed in seeds]
-    shown = [one for one in changed if not torch.equal(one, image)]
-    assert len(shown) > 120  # one in 14 is none, and some of the mildest do nothing
-    assert len({one.numpy().tobytes() for one in shown}) > 100
-
-
-# Colour ---------------------------------------------------------------------------------------
+# Color ----------------------------------------------------------------------------------------
 
 
 def jittered(image: Tensor, *draws: float) -> Tensor:
@@ -176,7 +183,7 @@ def jittered(image: Tensor, *draws: float) -> Tensor:
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_no_jitter_is_plain_normalising(config: PreprocessConfig) -> None:
+def test_no_jitter_is_plain_normalization(config: PreprocessConfig) -> None:
     images = torch.stack([pixels(20, 30), pixels(20, 30, seed=1)])
     before = images.clone()
     plain = color_jitter(images, torch.zeros(2, 4), config)
@@ -185,22 +192,22 @@ def test_no_jitter_is_plain_normalising(config: PreprocessConfig) -> None:
 
 
 def test_brightness_contrast_and_saturation_are_the_usual_blends() -> None:
-    """Towards black, towards the mean grey, towards each pixel's own grey."""
+    """Towards black, towards the mean gray, towards each pixel's own gray."""
     image = (pixels(20, 30) // 2) + 60  # so that nothing is clamped
     unit, luma = image / 255, torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-    grey = (unit * luma).sum(0)
+    gray = (unit * luma).sum(0)
     close = {"atol": 1e-4, "rtol": 1e-3}
     torch.testing.assert_close(jittered(image, 1, 0, 0, 0), unit * 1.2, **close)
     torch.testing.assert_close(jittered(image, -1, 0, 0, 0), unit * 0.8, **close)
-    blend = unit * 0.8 + 0.2 * grey.mean()
+    blend = unit * 0.8 + 0.2 * gray.mean()
     torch.testing.assert_close(jittered(image, 0, -1, 0, 0), blend, **close)
-    blend = unit * 0.8 + 0.2 * grey
+    blend = unit * 0.8 + 0.2 * gray
     torch.testing.assert_close(jittered(image, 0, 0, -1, 0), blend, **close)
 
 
-def test_the_hue_turns_colours_and_leaves_grey_and_lightness_alone() -> None:
-    grey = pixels(20, 30)[:1].expand(3, -1, -1).contiguous()
-    torch.testing.assert_close(jittered(grey, 0, 0, 1, 1), grey / 255, atol=2e-3, rtol=0)
+def test_the_hue_turns_colors_and_leaves_gray_and_lightness_alone() -> None:
+    gray = pixels(20, 30)[:1].expand(3, -1, -1).contiguous()
+    torch.testing.assert_close(jittered(gray, 0, 0, 1, 1), gray / 255, atol=2e-3, rtol=0)
     image, luma = pixels(20, 30) // 4 + 90, torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     turned = jittered(image, 0, 0, 0, 1)
     assert (turned - image / 255).abs().max() > 0.02

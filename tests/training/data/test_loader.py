@@ -111,7 +111,7 @@ def loader(
     photos: tuple[str, ...], train: bool, num_workers: int = 0, cache: Path | None = None
 ) -> ImageLoader:
     dataset = (
-        TrainImages(photos, ImageCache(cache), seed=3, crop=32, smallest_crop=0.25, trivial=True)
+        TrainImages(photos, ImageCache(cache), seed=3, crop=32, smallest_crop=0.25)
         if train
         else EvalImages(photos, CONFIG)
     )
