@@ -14,7 +14,7 @@ from app.ml.model import backbone, build_model, head_linear
 from app.ml.preprocessing import PreprocessConfig
 
 if TYPE_CHECKING:
-    from benchmarks.kill_test import Outcome
+    from tests.support.runs import Outcome
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -76,7 +76,7 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 classes of 14 coloured pictures each: 27 to train on, 6 to validate with, 9 to test."""
-    from benchmarks.kill_test import draw_photos
+    from tests.support.runs import draw_photos
 
     return draw_photos(tmp_path_factory.mktemp("data") / "photos")
 
@@ -84,7 +84,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> "Outcome":
     """What three epochs lead to when nothing happens."""
-    from benchmarks.kill_test import outcome
+    from tests.support.runs import outcome
     from tests.support.short_runs import costs_said, one_thread, quick_release, train
 
     import train_model

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kill_test import BACKEND, Outcome, arguments, draw_photos, outcome, start
+from tests.support.runs import BACKEND, Outcome, arguments, draw_photos, outcome, start
 from tests.support.short_runs import (
     COSTS,
     EPOCHS,

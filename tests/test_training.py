@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.kill_test import EXACT, Outcome, Trap, arguments, draw_photos, outcome, start
+from tests.support.runs import EXACT, Outcome, Trap, arguments, draw_photos, outcome, start
 from tests.support.short_runs import (
     EPOCHS,
     SECONDS,

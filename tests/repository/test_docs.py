@@ -35,6 +35,7 @@ CHECKED_ELSEWHERE = {
     r"(\.\./\.venv/bin/)?uvicorn app\.main:app": "test_api runs the same application",
     r"curl ": "test_api sends the same requests",
     r"docker ": "not run: there is no Docker daemon here; test_container holds the files it reads",
+    r"python -m tests\.torture\.": "not run: takes minutes; test_training kills such runs too",
     r"python benchmarks/": "not run: too slow for a test; the script is there",
     r"cd [\w-]+$": "not run: goes into a folder",
     r"source \.venv/bin/activate|\.venv\\Scripts\\activate": "not run: changes its own shell",

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.kill_test import arguments
+from tests.support.runs import arguments
 from torch import nn
 
 import train_model

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.kill_test import start
 from PIL import Image
 from tests.app.ml.test_predictor import answering
 from tests.conftest import release_model
 from tests.repository.test_structure import in_fresh_process
+from tests.support.runs import start
 
 import train_model
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
