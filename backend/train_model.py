@@ -66,7 +66,7 @@ from training.config import (
 )
 from training.data.splits import FoodData, load_food_data
 from training.errors import CheckpointError, ConfigError, DataError, TrainingError
-from training.release.release import RunFacts, release_model
+from training.release.release import TrainingResult, release_model
 from training.run.record import RunRecord
 from training.run.recording import recorded
 from training.run.resume import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
@@ -352,18 +352,18 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
                 return None
             keeper.stop.raise_from_now()
             run.trained.load_state_dict(run.best_weights)
-            facts = RunFacts(
+            result = TrainingResult(
                 run_name=run.name,
                 command=command,
                 config=config,
                 history=run.progress.history,
                 best_epoch=run.verdict.best_epoch,
                 stopped_early=run.verdict.should_stop,
-                left_out=left_out,
+                skipped=left_out,
                 num_workers=train_source.loader.num_workers,
             )
             with lost_process_explained(Processes(), GOES_ON):
-                released = release_model(run.model, data, facts, device)
+                released = release_model(run.model, data, result, device)
             ending.finish(released)
         mark_finished(run_dir, run, released.version)  # only when the record has its end too
     return released

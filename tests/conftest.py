@@ -2,56 +2,16 @@
 
 import logging
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
-
-from app.ml.artifacts import FORMAT_VERSION, Decision, ModelRecord, save_version
-from app.ml.model import backbone, build_model, head_linear
-from app.ml.preprocessing import PreprocessConfig
+from tests.support.released import release_model
 
 if TYPE_CHECKING:
     from tests.support.runs import Outcome
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def release_model(
-    output_dir: Path,
-    classes: list[str],
-    model_name: str = "mobilenet_v2",
-    seed: int = 0,
-    decision: Decision | None = None,
-) -> ModelRecord:
-    """Release a network with random weights, as a run would release a trained one."""
-    torch.manual_seed(seed)
-    model = build_model(model_name, len(classes))
-    num_features = head_linear(model, model_name).in_features
-    centroids = torch.nn.functional.normalize(torch.rand(len(classes), num_features), dim=1)
-    return save_version(
-        output_dir,
-        state=model.state_dict(),
-        centroids=centroids,
-        onnx=None,
-        make_record=lambda version, sha256: ModelRecord(
-            format_version=FORMAT_VERSION,
-            version=version,
-            model_name=model_name,
-            class_to_idx={name: i for i, name in enumerate(classes)},
-            preprocessing=PreprocessConfig(**backbone(model_name).preprocessing),
-            decision=decision or Decision(temperature=1.0, confident_at=0.5, food_at=-1.0),
-            sha256=sha256,
-            metrics={"top1": 0.5},
-            training={"epochs": 1},
-            libraries={"torch": torch.__version__},
-            created=datetime.now(timezone.utc).isoformat(),
-        ),
-        write_report=lambda _folder, _record: None,
-        verify=lambda _folder: None,
-    )
 
 
 @pytest.fixture(scope="session")

@@ -45,7 +45,7 @@ from training.compute import features
 from training.compute.features import FrozenPart
 from training.data.splits import load_food_data
 from training.release import release
-from training.release.release import RunFacts
+from training.release.release import TrainingResult
 from training.run import checkpoints
 from training.run import record as tracking
 from training.run import resume as resuming
@@ -338,9 +338,9 @@ def test_an_image_that_breaks_while_it_trains_is_left_out_and_named(
     """And the run that was cut afterwards is the one that was not."""
     left_out = []
 
-    def release(model: Any, data: Any, facts: RunFacts, device: Any) -> Any:
-        left_out.append({Path(path).name for path in facts.left_out})
-        return quick_release(model, data, facts, device)
+    def release(model: Any, data: Any, result: TrainingResult, device: Any) -> Any:
+        left_out.append({Path(path).name for path in result.skipped})
+        return quick_release(model, data, result, device)
 
     def spoil() -> None:
         path.write_bytes(b"no image") if fault == "corrupt" else path.unlink()
@@ -390,7 +390,7 @@ def test_when_all_test_images_are_gone_nothing_is_released(
         os.remove(path)
     monkeypatch.setattr(train_model, "release_model", REAL_RELEASE)
     assert train(tmp_path, photos, *one) == 1
-    assert "not one of 9 images can be read" in caplog.messages[-1]
+    assert "none of 9 images can be read" in caplog.messages[-1]
     assert list_versions(tmp_path / "models") == []
 
 

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,15 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import ValidationError
-from tests.conftest import release_model
+from tests.support.released import release_model
 
 from app.api import ERRORS
 from app.inference import LOGGER, TOP_K
 from app.main import JsonFormatter, create_app
 from app.ml.artifacts import (
     Decision,
-    read_centroids,
     read_record,
     read_state,
-    save_version,
     weights_name,
 )
 from app.ml.model import build_model, head_linear
@@ -78,15 +75,7 @@ def sharp_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0
     model.train()(torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0)))
-    save_version(
-        folder,
-        state=model.state_dict(),
-        centroids=read_centroids(folder, record),
-        onnx=None,
-        make_record=lambda version, sha256: replace(record, version=version, sha256=sha256),
-        write_report=lambda *_: None,
-        verify=lambda _: None,
-    )
+    release_model(folder, record.classes, model=model)
     return folder
 
 

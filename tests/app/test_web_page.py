@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
-from tests.conftest import release_model
+from tests.support.released import release_model
 
 from app.main import create_app
 from app.ml.artifacts import Decision

@@ -21,7 +21,7 @@ from torch import nn
 import train_model
 from app.ml.artifacts import state_bytes
 from training.data.splits import FoodData
-from training.release.release import RunFacts
+from training.release.release import TrainingResult
 from training.run.record import MlflowMirror
 from training.run.state import Progress
 
@@ -35,15 +35,15 @@ EPOCHS = ("--epochs", "3")
 
 
 def quick_release(
-    model: nn.Module, _data: FoodData, facts: RunFacts, _device: torch.device
+    model: nn.Module, _data: FoodData, result: TrainingResult, _device: torch.device
 ) -> SimpleNamespace:
     """In place of the real one, which takes longer than these trainings: the weights alone."""
-    folder = facts.config.output_dir
+    folder = result.config.output_dir
     (folder / "food_model_v1").mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     (folder / "food_model_v1.pth").write_bytes(state_bytes(weights))
     metrics = {"test_top1": 1.0, "test_top1_ci95": (0.9, 1.0), "test_top5": 1.0, "test_images": 9}
-    metrics["best_epoch"] = facts.best_epoch
+    metrics["best_epoch"] = result.best_epoch
     return SimpleNamespace(version=1, metrics=metrics, sha256={})
 
 

@@ -10,12 +10,14 @@ current version. A version exists exactly if its record does: it is the last of 
 import hashlib
 import io
 import json
+import logging
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,11 @@ FORMAT_VERSION = 1
 CLASS_MAP_NAME = "class_to_idx.json"
 CONFIG_NAME = "model_config.json"
 LOCK_NAME = ".release.lock"
+STAGING = ".staging-"  # + a random name: a version in the making
 PUBLISHING = ".publishing-v"  # + N: the files of version N are being put in place
+WEIGHTS, ONNX, CENTROIDS = ".pth", ".onnx", ".centroids.pth"  # suffixes of a version's files
+
+logger = logging.getLogger(__name__)
 
 
 class ArtifactError(RuntimeError):
@@ -121,24 +127,28 @@ class ModelRecord:
         return record
 
 
+def file_name(version: int, suffix: str) -> str:
+    return f"food_model_v{version}{suffix}"
+
+
 def weights_name(version: int) -> str:
-    return f"food_model_v{version}.pth"
+    return file_name(version, WEIGHTS)
 
 
 def onnx_name(version: int) -> str:
-    return f"food_model_v{version}.onnx"
+    return file_name(version, ONNX)
 
 
 def centroids_name(version: int) -> str:
-    return f"food_model_v{version}.centroids.pth"
+    return file_name(version, CENTROIDS)
 
 
 def record_name(version: int) -> str:
-    return f"food_model_v{version}.json"
+    return file_name(version, ".json")
 
 
 def report_folder_name(version: int) -> str:
-    return f"food_model_v{version}"
+    return file_name(version, "")
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -250,21 +260,41 @@ def state_bytes(state: object) -> memoryview:
     return buffer.getbuffer()
 
 
-def save_version(
-    output_dir: Path,
-    *,
-    state: dict[str, Tensor],
-    centroids: Tensor,
-    onnx: bytes | None,
-    make_record: Callable[[int, dict[str, str]], ModelRecord],
-    write_report: Callable[[Path, ModelRecord], None],
-    verify: Callable[[Path], None],
-) -> ModelRecord:
-    """Write the next version beside the old ones, verify it, and only then make it current.
+@dataclass
+class NewVersion:
+    """A version in the making, in a staging folder; see `new_version`.
 
-    make_record: (version, sha256 by file name) -> record. write_report: fills the report folder.
-    verify: gets a folder in which the new version is current, and raises if it does not do what
-    was trained.
+    sha256: file name -> checksum of what was written so far.
+    """
+
+    number: int
+    folder: Path
+    sha256: dict[str, str] = field(default_factory=dict)
+    record: ModelRecord | None = None
+    becomes_current: bool = True
+
+    @property
+    def report_folder(self) -> Path:
+        return self.folder / report_folder_name(self.number)
+
+    def write(self, suffix: str, data: bytes | memoryview) -> None:
+        """Write one of the version's files, which its record will name with its checksum."""
+        name = file_name(self.number, suffix)
+        self.sha256[name] = hashlib.sha256(data).hexdigest()
+        write_durably(self.folder / name, data)
+
+    def write_record(self, record: ModelRecord) -> None:
+        """Write the record; from now on the version can be loaded from the staging folder."""
+        write_durably(self.folder / record_name(self.number), record.to_json().encode())
+        self.record = record
+
+
+@contextmanager
+def new_version(output_dir: Path) -> Iterator[NewVersion]:
+    """Make the next version; left whole it is published beside the others, else nothing is.
+
+    Inside, write every file, then the record, fill the report folder, and check the version as
+    it lies in its folder. It becomes the current one unless `becomes_current` is set to False.
 
     Raises:
         SaveError: anything went wrong; the folder is as it was, and the cause is chained.
@@ -273,109 +303,116 @@ def save_version(
         output_dir.mkdir(parents=True, exist_ok=True)
         with file_lock(output_dir / LOCK_NAME):
             remove_leftovers(output_dir)
-            version = _next_version(output_dir)
-            staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=".staging-"))
             try:
-                contents = _contents(version, state, centroids, onnx)
-                record = _stage(staging, version, contents, make_record)
-                (report := staging / report_folder_name(version)).mkdir()
-                write_report(report, record)
-                verify(staging)
-                _publish(staging, output_dir, version)
+                staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=STAGING))
+                version = NewVersion(_next_number(output_dir), staging)
+                version.report_folder.mkdir()
+                yield version
+                _publish(version, output_dir)
             finally:
-                shutil.rmtree(staging, ignore_errors=True)
                 remove_leftovers(output_dir)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
         raise SaveError(
-            f"the model could not be saved in {output_dir}: {error}; the versions that were there "
-            "are untouched"
+            f"the model could not be saved in {output_dir}: {_in_one_line(error)}; the versions "
+            "that were there are untouched"
         ) from error
-    return record
 
 
-def _contents(
-    version: int, state: dict[str, Tensor], centroids: Tensor, onnx: bytes | None
-) -> dict[str, memoryview]:
-    contents = {
-        weights_name(version): state_bytes(state),
-        centroids_name(version): state_bytes(centroids),
-    }
-    return contents if onnx is None else {**contents, onnx_name(version): memoryview(onnx)}
+def _in_one_line(error: Exception) -> str:
+    return "out of memory" if isinstance(error, MemoryError) else " ".join(str(error).split())
 
 
-def _stage(
-    staging: Path,
-    version: int,
-    contents: dict[str, memoryview],
-    make_record: Callable[[int, dict[str, str]], ModelRecord],
-) -> ModelRecord:
-    record = make_record(version, {n: hashlib.sha256(d).hexdigest() for n, d in contents.items()})
-    contents |= {record_name(version): memoryview(record.to_json().encode())}
-    contents |= _current_files(record)
-    for name, data in contents.items():
-        write_durably(staging / name, data)
-    return record
-
-
-def _current_files(record: ModelRecord) -> dict[str, memoryview]:
-    class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
-    texts = {CLASS_MAP_NAME: class_map, CONFIG_NAME: record.to_json()}
-    return {name: memoryview(text.encode()) for name, text in texts.items()}
-
-
-def _publish(staging: Path, output_dir: Path, version: int) -> None:
-    (output_dir / f"{PUBLISHING}{version}").touch()
-    for name in (*_file_names(version), report_folder_name(version)):
-        if (staging / name).exists():
-            replace_file(staging / name, output_dir / name)
-    sync_folder(output_dir)
-    current = [output_dir / name for name in (CLASS_MAP_NAME, CONFIG_NAME)]
-    before = {path: path.read_bytes() if path.exists() else None for path in current}
-    try:
-        for name in (record_name(version), CLASS_MAP_NAME, CONFIG_NAME):
-            replace_file(staging / name, output_dir / name)
-            sync_folder(output_dir)
-    except BaseException:
-        (output_dir / record_name(version)).unlink(missing_ok=True)
-        for path, data in before.items():
-            if data is None:
-                path.unlink(missing_ok=True)
-            elif path.read_bytes() != data:
-                write_durably(path, data)
-        raise
-
-
-def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a release left that was cut off; only under the release lock.
-
-    Files of a version are removed only where a release marked it as its own: weights without a
-    record may be somebody's.
-    """
-    for path in output_dir.iterdir():
-        if path.name.startswith((".staging-", f".{CLASS_MAP_NAME}.", f".{CONFIG_NAME}.")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for marker in output_dir.glob(f"{PUBLISHING}*"):
-        version = int(marker.name.removeprefix(PUBLISHING))
-        if version not in list_versions(output_dir):
-            for path in (output_dir / name for name in _file_names(version)):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(output_dir / report_folder_name(version), ignore_errors=True)
-        marker.unlink()
-
-
-def _file_names(version: int) -> tuple[str, str, str]:
-    return weights_name(version), onnx_name(version), centroids_name(version)
-
-
-def _next_version(output_dir: Path) -> int:
+def _next_number(output_dir: Path) -> int:
     """One more than any file here is named after, with a record or without."""
     found = (re.match(r"food_model_v(\d+)", path.name) for path in output_dir.iterdir())
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
+def _publish(version: NewVersion, output_dir: Path) -> None:
+    """Move a version into its place: its files, then its record, then what names the current one.
+
+    The record makes the version exist, so a crash before it leaves none, and one after it leaves a
+    version that can be loaded.
+    """
+    record = version.record
+    assert record, "a version needs its record"
+    current = _current_files(record) if version.becomes_current else {}
+    for name, data in current.items():
+        write_durably(version.folder / name, data)
+    (output_dir / f"{PUBLISHING}{version.number}").touch()
+    for name in (*version.sha256, report_folder_name(version.number)):
+        replace_file(version.folder / name, output_dir / name)
+    sync_folder(output_dir)
+    with _restored_on_failure(output_dir, [record_name(version.number), *current]):
+        for name in (record_name(version.number), *current):
+            replace_file(version.folder / name, output_dir / name)
+            sync_folder(output_dir)
+
+
+@contextmanager
+def _restored_on_failure(folder: Path, names: list[str]) -> Iterator[None]:
+    before = {folder / name: _content(folder / name) for name in names}
+    try:
+        yield
+    except BaseException:
+        for path, data in before.items():
+            if data is None:
+                path.unlink(missing_ok=True)
+            elif _content(path) != data:
+                write_durably(path, data)
+        raise
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def _current_files(record: ModelRecord) -> dict[str, bytes]:
+    class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
+    return {CLASS_MAP_NAME: class_map.encode(), CONFIG_NAME: record.to_json().encode()}
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a release left that was cut off; only under the release lock.
+
+    Files of a version are removed only where a release marked its number as its own: weights
+    without a record may be somebody's.
+    """
+    for path in output_dir.iterdir():
+        if path.name.startswith((STAGING, f".{CLASS_MAP_NAME}.", f".{CONFIG_NAME}.")):
+            _remove(path)
+        elif match := re.fullmatch(rf"{re.escape(PUBLISHING)}(\d+)", path.name):
+            if (number := int(match[1])) not in list_versions(output_dir):
+                for part in output_dir.glob(f"food_model_v{number}.*"):
+                    _remove(part)
+                _remove(output_dir / report_folder_name(number))
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder; one that stays, another user's for example, is only in the way."""
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("leftover of an earlier release cannot be removed: %s", error)
+
+
+def released_files(output_dir: Path, record: ModelRecord) -> list[Path]:
+    """Every file of a version, and those that name the current one."""
+    version = record.version
+    names = [*record.sha256, record_name(version), CLASS_MAP_NAME, CONFIG_NAME]
+    report = output_dir / report_folder_name(version)
+    return [output_dir / name for name in names] + sorted(report.iterdir())
+
+
 def make_current(output_dir: Path, record: ModelRecord) -> None:
-    """Finish a release that was cut off when its version was complete: tidy up, and let the current
-    files name it if it is the newest."""
+    """Finish a release that was cut off when its version was complete.
+
+    Tidies up, and lets the current files name the version if it is the newest.
+    """
     with file_lock(output_dir / LOCK_NAME):
         remove_leftovers(output_dir)
         if record.version == list_versions(output_dir)[-1]:

@@ -24,6 +24,7 @@ from app.ml.model import ServedNetwork, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
 Verdict = Literal["confident", "unsure", "not_food"]
+Runtime = Literal["torch", "onnx"]  # what can run a form of the model
 
 
 class ClassProbability(NamedTuple):
@@ -102,7 +103,7 @@ def load_model_for_inference(
     device: str | torch.device | None = None,
     *,
     num_threads: int | None = None,
-    runtime: Literal["auto", "torch", "onnx"] = "auto",
+    runtime: Runtime | Literal["auto"] = "auto",
 ) -> FoodPredictor:
     """Load a released model (the current version, unless one is named) and check all its files.
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from app.ml.artifacts import ModelRecord
+from app.ml.artifacts import ModelRecord, released_files
 from training.compute.devices import choose_dtype, system_facts
 from training.compute.distributed import Processes
 from training.config import TrainingConfig
-from training.release.release import released_files
 from training.run.checkpoints import Checkpoint
 from training.run.record import MlflowMirror, RunRecord
 from training.run.resume import Interrupted

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,47 +17,38 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.released import RECORD
 from torch import Tensor
 
 from app.ml import artifacts
 from app.ml.artifacts import (
+    CENTROIDS,
     CLASS_MAP_NAME,
     CONFIG_NAME,
-    FORMAT_VERSION,
     LOCK_NAME,
+    ONNX,
     PUBLISHING,
+    WEIGHTS,
     ArtifactError,
     DamagedArtifactError,
-    Decision,
     ModelRecord,
+    NewVersion,
     NoModelError,
     SaveError,
     centroids_name,
     list_versions,
+    new_version,
     onnx_name,
     read_checked,
     read_record,
     read_state,
     record_name,
+    released_files,
     report_folder_name,
-    save_version,
+    state_bytes,
     weights_name,
 )
-from app.ml.preprocessing import PreprocessConfig
 
-RECORD = ModelRecord(
-    format_version=FORMAT_VERSION,
-    version=1,
-    model_name="mobilenet_v2",
-    class_to_idx={"dosa": 1, "café crème": 0, "samosa": 2},
-    preprocessing=PreprocessConfig(256, 224, "bilinear", (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)),
-    decision=Decision(temperature=1.25, confident_at=0.5, food_at=-3.5),
-    sha256={},
-    metrics={"top1": 0.5},
-    training={"epochs": 1},
-    libraries={"torch": torch.__version__},
-    created="2026-01-01T00:00:00+00:00",
-)
 Folder = dict[str, bytes]
 
 
@@ -69,27 +60,40 @@ def quick_disk() -> Iterator[None]:
         yield
 
 
-def save(folder: Path, seed: int = 0, classes: int = 3, **changes: Any) -> ModelRecord:
+Check = Callable[[NewVersion], object]
+
+
+def loads(version: NewVersion) -> None:
+    read_state(version.folder, read_record(version.folder, version.number))
+
+
+def write_report(version: NewVersion) -> None:
+    (version.report_folder / "report.html").write_text(f"version {version.number}")
+
+
+def save(
+    folder: Path,
+    seed: int = 0,
+    classes: int = 3,
+    *,
+    forms: Mapping[str, bytes] = {ONNX: b"onnx " * 9},
+    report: Check = write_report,
+    check: Check = loads,
+) -> ModelRecord:
     """Release three numbers as if they were a network; each seed has its own."""
-
-    def make_record(version: int, sha256: dict[str, str]) -> ModelRecord:
-        class_to_idx = {f"class_{seed}_{i}": i for i in range(classes)}
-        return dataclasses.replace(
-            RECORD, version=version, sha256=sha256, class_to_idx=class_to_idx
+    class_to_idx = {f"class_{seed}_{i}": i for i in range(classes)}
+    with new_version(folder) as version:
+        version.write(WEIGHTS, state_bytes({"weight": torch.full((3,), float(seed))}))
+        version.write(CENTROIDS, state_bytes(torch.eye(classes)))
+        for suffix, data in forms.items():
+            version.write(suffix, data)
+        record = dataclasses.replace(
+            RECORD, version=version.number, sha256=version.sha256, class_to_idx=class_to_idx
         )
-
-    def write_report(report: Path, record: ModelRecord) -> None:
-        (report / "report.html").write_text(f"version {record.version}")
-
-    settings = {
-        "state": {"weight": torch.full((3,), float(seed))},
-        "centroids": torch.eye(classes),
-        "onnx": b"onnx " * 9,
-        "make_record": make_record,
-        "write_report": write_report,
-        "verify": lambda staging: read_state(staging, read_record(staging)),
-    }
-    return save_version(folder, **{**settings, **changes})
+        version.write_record(record)
+        report(version)
+        check(version)
+    return record
 
 
 def contents(folder: Path) -> Folder:
@@ -123,27 +127,48 @@ def test_versions_count_up_and_the_last_is_current(tmp_path: Path) -> None:
     assert json.loads((folder / CLASS_MAP_NAME).read_text()) == record.class_to_idx
 
 
-def test_a_version_without_onnx_is_complete(tmp_path: Path) -> None:
-    record = save(tmp_path, onnx=None)
+def test_a_version_has_the_forms_that_were_written(tmp_path: Path) -> None:
+    record = save(tmp_path, forms={})
     assert list(record.sha256) == [weights_name(1), centroids_name(1)]
     assert not (tmp_path / onnx_name(1)).exists()
+    record = save(tmp_path, forms={".int8.onnx": b"small", ".other": b"form"})
+    for name, content in (("food_model_v2.int8.onnx", b"small"), ("food_model_v2.other", b"form")):
+        assert read_checked(tmp_path, name, record) == content
 
 
-def test_verification_sees_the_new_version_as_current(tmp_path: Path) -> None:
+def test_the_new_version_is_checked_where_it_lies_before_it_is_seen(tmp_path: Path) -> None:
     save(tmp_path, seed=1)
     seen: list[tuple[int, list[float]]] = []
 
-    def verify(staging: Path) -> None:
-        record, state = loaded(staging)
-        assert (staging / report_folder_name(record.version) / "report.html").exists()
-        assert read_record(tmp_path).version == 1  # not yet
-        seen.append((record.version, state["weight"].tolist()))
+    def check(version: NewVersion) -> None:
+        record = read_record(version.folder, version.number)
+        assert (version.report_folder / "report.html").exists()
+        assert list_versions(tmp_path) == [1]  # not yet
+        seen.append((record.version, read_state(version.folder, record)["weight"].tolist()))
 
-    save(tmp_path, seed=2, verify=verify)
+    save(tmp_path, seed=2, check=check)
     assert seen == [(2, [2.0, 2.0, 2.0])]
 
 
-def unverified(_: Path) -> None:
+def test_a_version_can_be_released_beside_the_current_one(tmp_path: Path) -> None:
+    save(tmp_path, seed=1)
+
+    def stay_behind(version: NewVersion) -> None:
+        version.becomes_current = False
+
+    save(tmp_path, seed=2, check=stay_behind)
+    assert list_versions(tmp_path) == [1, 2]
+    assert loaded(tmp_path)[0].version == 1
+    assert read_state(tmp_path, read_record(tmp_path, 2))["weight"].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_every_file_of_a_version_is_named(tmp_path: Path) -> None:
+    record = save(tmp_path, forms={".int8.onnx": b"small"})
+    named = {path.relative_to(tmp_path).as_posix() for path in released_files(tmp_path, record)}
+    assert named == contents(tmp_path).keys()
+
+
+def unverified(_: NewVersion) -> None:
     raise RuntimeError("other logits")
 
 
@@ -174,30 +199,29 @@ STEPS = [(os, "replace"), (os, "fsync"), (tempfile, "mkdtemp"), (torch, "save")]
 def failing(injected: Injected, after: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in STEPS:
-            # What mkdtemp made before it failed nobody could clean up, so it fails before.
-            late = after and name != "mkdtemp"
-            patch.setattr(module, name, injected.wrap(getattr(module, name), late))
+            patch.setattr(module, name, injected.wrap(getattr(module, name), after))
         yield
 
 
 def save_with(injected: Injected, folder: Path) -> ModelRecord:
-    def nothing(*_: object) -> None:
+    def nothing(_: NewVersion) -> None:
         pass
-
-    def report(path: Path, record: ModelRecord) -> None:
-        (path / "report.html").write_text(f"version {record.version}")
 
     return save(
         folder,
         seed=9,
         classes=5,
-        verify=injected.wrap(nothing, after=False),
-        write_report=injected.wrap(report, after=True),
+        check=injected.wrap(nothing, after=False),
+        report=injected.wrap(write_report, after=True),
     )
 
 
 MOST_STEPS = 50  # a save has fewer, so that some of the cases go well
-ERRORS = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("other logits")]
+ERRORS = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("other logits"),
+    MemoryError("std::bad_alloc"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +251,8 @@ def test_property_5_saving_leaves_all_files_or_none(
             with failing(injected, after):
                 record = save_with(injected, folder)
         except SaveError as failed:
-            assert failed.__cause__ is error and str(error) in str(failed)
+            reason = "out of memory" if isinstance(error, MemoryError) else str(error)
+            assert failed.__cause__ is error and reason in str(failed)
             assert contents(folder) == before
             assert not [path for path in folder.iterdir() if path.name.startswith(".staging")]
             if number:
@@ -246,7 +271,7 @@ def test_weights_that_no_release_wrote_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / weights_name(3)).write_bytes(b"somebody's own")
     assert save(tmp_path).version == 4
     with pytest.raises(SaveError):
-        save(tmp_path, verify=unverified)
+        save(tmp_path, check=unverified)
     assert (tmp_path / weights_name(3)).read_bytes() == b"somebody's own"
     assert list_versions(tmp_path) == [4]
 
@@ -263,7 +288,7 @@ def test_a_release_that_was_cut_off_is_cleared_away_by_the_next(tmp_path: Path) 
     assert list_versions(tmp_path) == [1]
     assert loaded(tmp_path)[0].version == 1
     with pytest.raises(SaveError):
-        save(tmp_path, verify=unverified)
+        save(tmp_path, check=unverified)
     assert contents(tmp_path) == {**before, "notes.txt": b"mine"}
 
 

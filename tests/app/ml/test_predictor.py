@@ -14,8 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.app.ml.test_artifacts import RECORD
-from tests.conftest import release_model
+from tests.support.released import RECORD, release_model
 from torch import Tensor
 
 from app.ml.artifacts import DamagedArtifactError, Decision, NoModelError, read_record, read_state

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import binomtest
-from tests.app.ml.test_artifacts import RECORD
+from tests.support.released import RECORD
 from tests.training.release.test_report import NASTY, Page
 
 import train_model

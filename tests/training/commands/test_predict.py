@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 from tests.app.ml.test_predictor import answering
-from tests.conftest import release_model
 from tests.repository.test_structure import in_fresh_process
+from tests.support.released import release_model
 from tests.support.runs import start
 
 import train_model
