@@ -12,13 +12,12 @@ from pathlib import Path
 
 import alternating
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image, ImageOps
 
 from app.ml.artifacts import onnx_name, read_record, read_state
 from app.ml.model import build_model
-from app.ml.predictor import load_model_for_inference
+from app.ml.predictor import import_onnxruntime, load_model_for_inference
 from app.ml.preprocessing import EvalTransform, normalize
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     predictor = load_model_for_inference(options.model_dir)
     eager = build_model(record.model_name, len(record.classes)).eval()
     eager.load_state_dict(read_state(options.model_dir, record))
-    session = onnxruntime.InferenceSession(
+    session = import_onnxruntime().InferenceSession(
         (options.model_dir / onnx_name(record.version)).read_bytes(),
         providers=["CPUExecutionProvider"],
     )

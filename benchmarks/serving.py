@@ -39,9 +39,9 @@ from PIL import Image
 from torchvision import transforms
 
 from app.ml.artifacts import NoModelError, read_record, read_state
+from app.ml.machine import num_cores
 from app.ml.model import build_model
 from app.ml.predictor import load_model_for_inference
-from app.settings import available_cores
 
 TOKEN = "only-for-this-benchmark"
 MODEL_DIR_VARIABLE = "BENCHMARK_MODEL_DIR"
@@ -339,7 +339,7 @@ async def keep_reloading(server: Server, until: Stop) -> int:
 
 def batching(options: argparse.Namespace, _: list[bytes]) -> None:
     """Batches on all cores, against what the server does: a photo per core."""
-    cores = available_cores()
+    cores = num_cores()
     batches = load_model_for_inference(options.model_dir, num_threads=cores)
     crop = batches.record.preprocessing.crop
     for size in (1, 2, 4, 8, 16):
@@ -398,7 +398,7 @@ def main() -> None:
     kilobytes = statistics.mean(map(len, photos)) / 1000
     form = "ONNX" if any(name.endswith(".onnx") for name in record.sha256) else "PyTorch"
     print(
-        f"{record.model_name} version {record.version} ({form}), {available_cores()} cores, "
+        f"{record.model_name} version {record.version} ({form}), {num_cores()} cores, "
         f"{len(photos)} photos of {kilobytes:.0f} kB on average"
     )
     for part in (part for part in PARTS if part in options.parts or "all" in options.parts):

@@ -7,10 +7,13 @@ on a CPU, batches were no faster per photo (benchmarks/serving.py measures it).
 
 import asyncio
 import logging
+import re
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -19,12 +22,13 @@ from app.ml.artifacts import CONFIG_NAME, ModelRecord
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from app.settings import Settings
 
-LOGGER = logging.getLogger("nutrilearn")
+logger = logging.getLogger(__name__)
 TOP_K = 3
+FOLDERS = re.compile(r"(?<![\w.:/])([A-Za-z]:)?([\\/][^\s\\/:'\",;()]+)+[\\/]")
 
 
 class OverloadedError(RuntimeError):
-    """As many photos are waiting as are allowed to."""
+    """No more photos can be accepted at the moment."""
 
 
 class ModelMissingError(RuntimeError):
@@ -32,7 +36,7 @@ class ModelMissingError(RuntimeError):
 
 
 class ModelLoadError(RuntimeError):
-    """A model that cannot be served; the one before goes on serving."""
+    """A model that cannot be served; the one before keeps serving."""
 
 
 class InferenceService:
@@ -49,7 +53,7 @@ class InferenceService:
         self._pool = self._new_pool()
 
     def _new_pool(self) -> ThreadPoolExecutor:
-        # Grad mode and thread count belong to a thread in PyTorch; the predictor sees to the first.
+        # Grad mode and thread count belong to a thread in PyTorch; the predictor handles the first.
         threads = (self.settings.threads,)
         return ThreadPoolExecutor(
             self.settings.workers, "inference", torch.set_num_threads, threads
@@ -57,8 +61,11 @@ class InferenceService:
 
     # Photos -----------------------------------------------------------------------------------
 
-    async def predict(self, file: BinaryIO) -> tuple[Prediction, ModelRecord]:
-        """Classify an uploaded photo; also returns the record of the model that did it.
+    async def predict(self, read_photo: Callable[[], bytes]) -> tuple[Prediction, ModelRecord]:
+        """Classify a photo; also return the record of the model that did it.
+
+        A call that is cancelled while its photo waits is dropped. read_photo: called when the
+        photo's turn comes; what it raises is raised here.
 
         Raises:
             ModelMissingError: no model is loaded.
@@ -68,13 +75,13 @@ class InferenceService:
         predictor = self.predictor
         if predictor is None:
             raise ModelMissingError(
-                "no model is loaded, so there is no answer; train one with "
-                "python backend/train_model.py --sample, or see /ready for what is wrong"
+                "no model is loaded; train one with python backend/train_model.py --sample, "
+                "or see /ready for what is wrong"
             )
         if not self._places.acquire(blocking=False):
             raise OverloadedError("too many photos are waiting; try again in a moment")
         self.metrics.queue_depth.inc()
-        job = self._pool.submit(self._compute, predictor, file, time.perf_counter())
+        job = self._pool.submit(self._compute, predictor, read_photo, time.perf_counter())
         job.add_done_callback(self._leave)
         return await asyncio.wrap_future(job), predictor.record
 
@@ -82,12 +89,13 @@ class InferenceService:
         self.metrics.queue_depth.dec()
         self._places.release()
 
-    def _compute(self, predictor: FoodPredictor, file: BinaryIO, queued_at: float) -> Prediction:
+    def _compute(
+        self, predictor: FoodPredictor, read_photo: Callable[[], bytes], queued_at: float
+    ) -> Prediction:
         stages = self.metrics.stages
         stages.labels("queue").observe(time.perf_counter() - queued_at)
-        # Large uploads lie in a temporary file; reading it only now keeps the queue small.
         with stages.labels("decode").time():
-            pixels = predictor.preprocess(file.read())
+            pixels = predictor.preprocess(read_photo())
         with stages.labels("inference").time():
             top_k = min(TOP_K, len(predictor.classes))
             (prediction,) = predictor.predict_batch(pixels.unsqueeze(0), top_k)
@@ -109,11 +117,12 @@ class InferenceService:
             except ModelLoadError as error:
                 self.metrics.reloads.labels("failed").inc()
                 self.problem = str(error)
+                logger.error("the model cannot be served: %s", error.__cause__)
                 raise
             self.metrics.reloads.labels("loaded").inc()
             self.metrics.model_version.set(predictor.record.version)
             self.predictor = predictor
-        LOGGER.info("model loaded", extra={"fields": {"model_version": predictor.record.version}})
+        logger.info("model loaded", extra={"fields": {"model_version": predictor.record.version}})
         return predictor.record
 
     def _load(self, version: int | None) -> FoodPredictor:
@@ -124,12 +133,11 @@ class InferenceService:
             )
             _warm_up(predictor)
         except Exception as error:  # onnxruntime's errors have no common base but this one
-            one_line = " ".join(str(error).split())  # PyTorch's errors have several
-            raise ModelLoadError(one_line or type(error).__name__) from error
+            raise ModelLoadError(_for_clients(error, settings.model_dir)) from error
         return predictor
 
     async def watch(self) -> None:
-        """Load what gets released, for ever; a release that cannot be loaded is tried again."""
+        """Load what gets released, forever; a release that cannot be loaded is tried again."""
         if not self.settings.reload_poll_seconds or self.settings.model_version:
             return
         seen = self._released()
@@ -137,11 +145,8 @@ class InferenceService:
             await asyncio.sleep(self.settings.reload_poll_seconds)
             if (released := self._released()) == seen:
                 continue
-            try:
+            with suppress(ModelLoadError):  # logged; the release is tried again
                 await self.load()
-            except ModelLoadError as error:
-                LOGGER.error("the released model cannot be served: %s", error)
-            else:
                 seen = released
 
     def _released(self) -> tuple[int, int] | None:
@@ -153,9 +158,17 @@ class InferenceService:
         return status.st_mtime_ns, status.st_ino
 
     def close(self) -> None:
-        """Finish what is being computed, drop what waits; the service can be used again."""
-        self._pool.shutdown(cancel_futures=True)
+        """Drop what waits, and what is being computed; the service can be used again."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = self._new_pool()  # has no threads until it is asked
+
+
+def _for_clients(error: Exception, model_dir: Path) -> str:
+    """Say in one line what went wrong, without the folders of this machine."""
+    one_line = " ".join(str(error).split()) or type(error).__name__  # PyTorch's have several
+    if model_dir.is_absolute():
+        one_line = one_line.replace(str(model_dir), model_dir.name)
+    return FOLDERS.sub("", one_line)
 
 
 def _warm_up(predictor: FoodPredictor) -> None:

@@ -40,7 +40,12 @@ class Metrics:
         )
         self.queue_depth = Gauge(
             "nutrilearn_queue_depth",
-            "Photos accepted and not yet answered",
+            "Photos accepted but not yet answered",
+            registry=self.registry,
+        )
+        self.upload_bytes = Gauge(
+            "nutrilearn_upload_bytes",
+            "Bytes of all uploads that are held in memory",
             registry=self.registry,
         )
         self.confidence = Histogram(

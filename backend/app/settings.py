@@ -1,21 +1,50 @@
 """The server's settings, each an environment variable NUTRILEARN_<NAME>."""
 
+import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
+from pydantic_core import PydanticUseDefault
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from app.ml.machine import memory_limit, num_cores
 
 ENV_PREFIX = "NUTRILEARN_"
 MODEL_DIR = Path(__file__).resolve().parents[2] / "ml-models"
+MEBIBYTE = 2**20
+
+# Names with our prefix that are somebody else's: what Kubernetes and Docker write for a service or
+# a container that is called "nutrilearn" (or "nutrilearn-..."), and the switch of the test suite.
+FOREIGN = re.compile(
+    r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    r"|NAME|ENV_\w+|LONG_TESTS"
+)
+ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(:\d{1,5})?")
+DEFAULT_PORTS = {("http", ":80"), ("https", ":443")}
 
 
-def available_cores() -> int:
-    """Cores this process may run on; a container's CPU quota is not seen (set WORKERS there)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+class SettingsError(ValueError):
+    """The environment holds a setting that is misspelt or cannot be used; one line says which."""
+
+
+def plain_number(value: Any) -> Any:
+    """Refuse 1_000, which Python reads as a number and nobody means as one."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError("a number is written without _")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(plain_number)]
+Seconds = Annotated[float, BeforeValidator(plain_number), Field(allow_inf_nan=False)]
+
+
+def _default_upload_memory() -> int:
+    """Return an eighth of the memory, at most 512 MiB, which holds a hundred photos of a phone."""
+    limit = memory_limit()
+    return 512 * MEBIBYTE if limit is None else min(512 * MEBIBYTE, limit // 8)
 
 
 class Settings(BaseSettings):
@@ -24,18 +53,25 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True)
 
     model_dir: Path = Field(default=MODEL_DIR, description="folder of the released models")
-    model_version: int | None = Field(
+    model_version: Integer | None = Field(
         default=None, ge=1, description="serve this version, not the newest"
     )
     device: str = Field(default="cpu", description="where to compute: cpu, cuda, mps")
-    workers: int = Field(
-        default_factory=available_cores, ge=1, le=256, description="photos computed at once"
+    workers: Integer = Field(
+        default_factory=num_cores, ge=1, le=256, description="photos computed at once"
     )
-    queue_size: int = Field(
+    queue_size: Integer = Field(
         default=64, ge=0, description="photos that may wait; more are answered 429"
     )
-    max_upload_bytes: int = Field(default=20 * 2**20, ge=1, description="largest request body")
-    upload_timeout_seconds: float = Field(
+    max_upload_bytes: Integer = Field(
+        default=20 * MEBIBYTE, ge=1, description="largest request body"
+    )
+    upload_memory_bytes: Integer = Field(
+        default_factory=_default_upload_memory,
+        ge=1,
+        description="bytes of all uploads held at once; more are answered 429",
+    )
+    upload_timeout_seconds: Seconds = Field(
         default=60, gt=0, description="time a body may take to arrive"
     )
     cors_origins: Annotated[list[str], NoDecode] = Field(
@@ -46,40 +82,102 @@ class Settings(BaseSettings):
         min_length=16,
         description="bearer token of POST /api/v1/model/reload; off without",
     )
-    reload_poll_seconds: float = Field(
+    reload_poll_seconds: Seconds = Field(
         default=0, ge=0, description="how often to look for a newly released model; 0 is never"
     )
 
     @property
     def threads(self) -> int:
         """Cores for one photo, so that workers x threads is the number of cores."""
-        return max(1, available_cores() // self.workers)
+        return max(1, num_cores() // self.workers)
+
+    @field_validator("model_dir")
+    @classmethod
+    def _expand_home(cls, folder: Path) -> Path:
+        return Path(os.path.expanduser(folder))  # Path's own raises for a user who is not there
+
+    @field_validator("device")
+    @classmethod
+    def _check_device(cls, device: str) -> str:
+        if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", device):
+            raise ValueError("use cpu, cuda, cuda:1 or mps")
+        return device
 
     @field_validator("cors_origins", mode="before")
     @classmethod
     def _split_origins(cls, value: Any) -> Any:
-        return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("cors_origins")
     @classmethod
-    def _check_origins(cls, origins: list[str]) -> list[str]:
-        for origin in origins:
-            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
-                raise ValueError(f"{origin!r} is no origin; write it as https://example.org")
-        return origins
+    def _as_browsers_send_them(cls, origins: list[str]) -> list[str]:
+        return [_canonical(origin) for origin in origins if origin]
+
+    # Validators that come before the type's run from the last to the first.
+    @field_validator("*", mode="before")
+    @classmethod
+    def _clean(cls, value: Any) -> Any:
+        """Take off the spaces and quotes that env files leave; nothing at all is the default."""
+        if not isinstance(value, str):
+            return value
+        value = value.strip()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+            value = value[1:-1].strip()
+        if not value:
+            raise PydanticUseDefault
+        return value
+
+
+def _canonical(origin: str) -> str:
+    """Write an origin as browsers do: in lower case, without a default port or a final slash.
+
+    `null` is the origin of pages that were opened from a file.
+    """
+    if origin == "null":
+        return origin
+    match = ORIGIN.fullmatch(origin.lower().removesuffix("/"))
+    if match is None:
+        raise ValueError(
+            f"{_without_password(origin)!r} is not an origin; write each as https://example.org, "
+            "without path or wildcard"
+        )
+    scheme, host, port = match.groups(default="")
+    host = host if host.isascii() else host.encode("idna").decode()
+    return f"{scheme}://{host}{'' if (scheme, port) in DEFAULT_PORTS else port}"
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//***@", url)
 
 
 def load_settings() -> Settings:
-    """The settings of this process's environment.
+    """Read the settings of this process's environment.
 
     Raises:
-        ValueError: a variable with our prefix that is no setting, or a bad value.
+        SettingsError: a variable with our prefix that is no setting, or a bad value.
     """
-    known = {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
-    unknown = {name for name in os.environ if name.startswith(ENV_PREFIX)} - known
-    if unknown:
-        raise ValueError(
-            f"unknown settings in the environment: {', '.join(sorted(unknown))}; "
-            f"known: {', '.join(sorted(known))}"
-        )
-    return Settings()
+    known = sorted(f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields)
+    ours = {name for name in os.environ if name.startswith(ENV_PREFIX)}
+    foreign = {name for name in ours if FOREIGN.fullmatch(name.removeprefix(ENV_PREFIX))}
+    if unknown := sorted(ours - foreign - set(known)):
+        raise SettingsError(_unknown_names(unknown, known))
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = (_problem(dict(problem)) for problem in error.errors())
+        raise SettingsError("; ".join(problems)) from None  # the cause repeats secret values
+
+
+def _unknown_names(unknown: list[str], known: list[str]) -> str:
+    meant = {name: difflib.get_close_matches(name, known, 1) for name in unknown}
+    named = [f"{name} (did you mean {m[0]}?)" if m else name for name, m in meant.items()]
+    return f"unknown settings in the environment: {', '.join(named)}; known: {', '.join(known)}"
+
+
+def _problem(error: dict[str, Any]) -> str:
+    name = f"{ENV_PREFIX}{str(error['loc'][0]).upper()}"
+    if name == f"{ENV_PREFIX}RELOAD_TOKEN":
+        return f"{name} is too short; use 16 characters or more"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should", "it should")
+    return f"{name} is {_without_password(str(error['input']))[:200]!r}: {message}"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from pydantic import ValidationError
 from tests.support.released import release_model
 
-from app.api import ERRORS
-from app.inference import LOGGER, TOP_K
-from app.main import JsonFormatter, create_app
+from app.errors import ERRORS, OF_NO_ROUTE
+from app.inference import TOP_K
+from app.logs import JsonFormatter
+from app.main import create_app
 from app.ml.artifacts import (
     Decision,
     read_record,
@@ -31,7 +31,7 @@ from app.ml.artifacts import (
 from app.ml.model import build_model, head_linear
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import EvalTransform, load_image, normalize
-from app.settings import Settings, load_settings
+from app.settings import Settings
 
 TOKEN = "a-token-of-sixteen-or-more"
 
@@ -212,7 +212,7 @@ def test_training_predictor_and_server_agree(
         validated = model.eval()(normalize(pixels, record.preprocessing))[0]
     predictor = load_model_for_inference(sharp_dir)
     predicted = predictor.logits(predictor.preprocess(data).unsqueeze(0))[0]
-    torch.testing.assert_close(predicted, validated, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predicted, validated, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(served(data), validated.softmax(0), rtol=0, atol=1e-5)
 
 
@@ -290,7 +290,7 @@ def test_every_status_is_described_with_an_example(client: TestClient) -> None:
                     assert content["schema"]["$ref"].endswith("/ErrorBody")
                     assert content["examples"]
                     shown |= set(content["examples"])
-    assert shown == set(ERRORS) - {"method_not_allowed"}  # belongs to no route
+    assert shown == set(ERRORS) - OF_NO_ROUTE
 
 
 def test_without_a_model_the_server_says_how_to_get_one(tmp_path: Path) -> None:
@@ -346,18 +346,26 @@ def test_a_request_is_one_json_line_without_anything_of_the_photo(
     exif.get_ifd(0x8825)[1] = "GPS-SECRET"
     photo = encode(plate(), "JPEG", exif=exif)
     assert b"GPS-SECRET" in photo
-    with caplog.at_level(logging.INFO, LOGGER.name):
+    with caplog.at_level(logging.INFO, "app.middleware"):
         ask(client, photo, 'no"\nme.jpg', **{"X-Request-ID": "r-1"})
         client.get("/a%0Ab%22")
     lines = [
-        JsonFormatter().format(record) for record in caplog.records if record.name == "nutrilearn"
+        JsonFormatter().format(record)
+        for record in caplog.records
+        if record.name == "app.middleware"
     ]
     assert len(lines) == 2 and all("\n" not in line for line in lines)
     first, second = map(json.loads, lines)
     assert first.pop("duration_ms") > 0 and first.pop("time").endswith("+00:00")
     assert first == {
-        **{"level": "info", "message": "request", "request_id": "r-1", "method": "POST"},
-        **{"path": "/api/v1/predict", "status": 200, "verdict": "unsure", "model_version": 1},
+        **{"level": "info", "message": "request", "request_id": "r-1", "client": "testclient"},
+        **{
+            "method": "POST",
+            "path": "/api/v1/predict",
+            "status": 200,
+            "verdict": "unsure",
+            "model_version": 1,
+        },
     }
     assert (second["path"], second["error_code"]) == ('/a\nb"', "not_found")
     assert not any(word in caplog.text for word in ("SECRET", "CAPTION", "me.jpg"))
@@ -459,7 +467,7 @@ def _post_pieces(pieces: list[bytes], **settings: Any) -> list[dict[str, Any]]:
 
 
 def test_a_dripping_upload_is_ended() -> None:
-    start, body = _post_pieces([b"--x\r\n", b"Content"], upload_timeout_seconds=0.05)
+    start, body, *_ = _post_pieces([b"--x\r\n", b"Content"], upload_timeout_seconds=0.05)
     assert start["status"] == 408
     assert (b"connection", b"close") in start["headers"]
     assert json.loads(body["body"])["code"] == "upload_too_slow"
@@ -467,7 +475,7 @@ def test_a_dripping_upload_is_ended() -> None:
 
 def test_an_endless_upload_is_ended() -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    start, body = _post_pieces([head, *[bytes(1000)] * 50], max_upload_bytes=10_000)
+    start, body, *_ = _post_pieces([head, *[bytes(1000)] * 50], max_upload_bytes=10_000)
     assert start["status"] == 413
     assert json.loads(body["body"])["code"] == "too_large"
 
@@ -534,7 +542,7 @@ def test_a_bad_model_leaves_the_old_one_serving(
         refused = reload(client, version=9 if harm == "no such version" else 2)
         monkeypatch.undo()
         error = assert_error(refused, 409, "model_rejected")
-        assert error["detail"].endswith("version 1 goes on serving")
+        assert error["detail"].endswith("version 1 keeps serving")
         assert ask(client, encode(plate())).json()["model_version"] == 1
         assert 'model_loads_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
@@ -563,41 +571,3 @@ def test_the_model_is_described(client: TestClient) -> None:
     assert info["classes"] == ["apple_pie", "samosa", "jalebi"]
     assert info["metrics"] == {"top1": 0.5}
     assert "training" not in info  # holds the paths of the machine that trained
-
-
-# Settings -----------------------------------------------------------------------------------
-
-
-def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUTRILEARN_CORS_ORIGINS", "https://a.example, http://localhost:3000")
-    monkeypatch.setenv("NUTRILEARN_WORKERS", "3")
-    settings = load_settings()
-    assert settings.cors_origins == ["https://a.example", "http://localhost:3000"]
-    assert settings.workers == 3 and settings.threads >= 1
-    assert settings.model_dir == Path(__file__).resolve().parents[2] / "ml-models"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("WORKERS", "0"),
-        ("CORS_ORIGINS", "*"),
-        ("CORS_ORIGINS", "https://a.example/path"),
-        ("RELOAD_TOKEN", "short"),
-        ("MODEL_VERSION", "newest"),
-    ],
-)
-def test_a_bad_setting_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"NUTRILEARN_{name}", value)
-    with pytest.raises(ValidationError, match=name.lower()):
-        load_settings()
-
-
-def test_a_misspelt_setting_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NUTRILEARN_MODLE_DIR", "x")
-    with pytest.raises(ValueError, match=r"NUTRILEARN_MODLE_DIR.*NUTRILEARN_MODEL_DIR"):
-        load_settings()
-
-
-def test_the_token_is_never_shown() -> None:
-    assert TOKEN not in repr(Settings(reload_token=TOKEN))  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 `load_model_for_inference` checks every file before it is used and gives a `FoodPredictor`.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from app.ml.artifacts import (
     read_record,
     read_state,
 )
+from app.ml.machine import num_cores
 from app.ml.model import ServedNetwork, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
@@ -36,7 +38,7 @@ class ClassProbability(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image: classes by falling probability, and how far to trust the first."""
+    """The answer for one image: the most probable classes first, and how far to trust the first."""
 
     top: list[ClassProbability]
     verdict: Verdict
@@ -55,7 +57,7 @@ class FoodPredictor:
         self._transform = EvalTransform(record.preprocessing)
 
     def preprocess(self, image: ImageSource) -> Tensor:
-        """A picture -> uint8 (3, crop, crop).
+        """Load an image as uint8 pixels, (3, crop, crop).
 
         Raises:
             ImageError: it cannot be used.
@@ -63,15 +65,15 @@ class FoodPredictor:
         return self._transform(load_image(image))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Preprocessed images, uint8 (N, 3, crop, crop) -> float32 logits (N, num_classes)."""
+        """Compute float32 logits, (N, num_classes), of preprocessed uint8 images."""
         return self.network(normalize(images, self.record.preprocessing))[0]
 
     def predict(self, image: ImageSource, top_k: int = 3) -> Prediction:
-        """Load, preprocess and classify one picture; see `predict_batch` for the rules."""
+        """Load, preprocess and classify one image; see `predict_batch` for the rules."""
         return self.predict_batch(self.preprocess(image).unsqueeze(0), top_k)[0]
 
     def predict_batch(self, images: Tensor, top_k: int = 3) -> list[Prediction]:
-        """Preprocessed images, uint8 (N, 3, crop, crop) -> one prediction each.
+        """Classify preprocessed images, uint8 (N, 3, crop, crop).
 
         Raises:
             ValueError: top_k below 1 or above the number of classes.
@@ -107,9 +109,9 @@ def load_model_for_inference(
 ) -> FoodPredictor:
     """Load a released model (the current version, unless one is named) and check all its files.
 
-    device: where to compute; the CPU if not given. num_threads: cores for one call, all of them
-    if not given; PyTorch has one such number for the whole process, which is left alone. runtime:
-    on a CPU "auto" runs the ONNX form if the version has one, as it is the faster one.
+    device: where to compute; the CPU if not given. num_threads: cores for one call, all that this
+    process may use if not given; PyTorch has one such number for the whole process, which is left
+    alone. runtime: on a CPU "auto" runs the ONNX form, which is faster, if the version has one.
 
     Raises:
         NoModelError: nothing released in model_dir, or not that version.
@@ -130,12 +132,12 @@ def load_model_for_inference(
 def predict_image(
     model: FoodPredictor, image: ImageSource, top_k: int = 3
 ) -> list[ClassProbability]:
-    """The top_k classes of a picture (path, bytes or PIL image), by falling probability."""
+    """Return the top_k classes of an image (path, bytes or PIL image), most probable first."""
     return model.predict(image, top_k).top
 
 
 def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
-    """The network with the version's weights, whose head must be as wide as the class map."""
+    """Build the network with the version's weights; its head must be as wide as the class map."""
     state = read_state(model_dir, record)
     model = build_model(record.model_name, len(record.class_to_idx))
     try:
@@ -150,10 +152,10 @@ def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
 
 
 def nearest_centroid(pooled: Tensor, centroids: Tensor) -> Tensor:
-    """Cosine similarity of each image's features to the class most like it: (N, F), (C, F) -> (N,).
+    """Return each image's cosine similarity to the nearest class: (N, F), (C, F) -> (N,).
 
     Of the scores tried (energy, largest logit, largest probability, feature norm, k nearest
-    neighbours, Mahalanobis distance) this is the smallest that tells food from other things.
+    neighbors, Mahalanobis distance) this is the simplest that tells food from other things.
     """
     return (torch.nn.functional.normalize(pooled, dim=1) @ centroids.T).amax(dim=1)
 
@@ -173,14 +175,28 @@ class TorchNetwork:
             return logits.cpu(), pooled.cpu()
 
 
+def import_onnxruntime() -> Any:
+    """Import onnxruntime with its telemetry off; whoever needs it gets it from here.
+
+    It writes a device id under ~/.cache and reports to its maker, unless this variable is set
+    before the import.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime  # training and PyTorch-only servers do without
+
+    return onnxruntime
+
+
 class OnnxNetwork:
     """The network in onnxruntime, on the CPU; gives logits and features."""
 
     def __init__(self, model: bytes, num_threads: int | None) -> None:
-        import onnxruntime  # training and PyTorch-only servers do without
-
+        onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads or 0
+        options.log_severity_level = 3  # its warnings are plain text on stderr; errors are raised
+        options.intra_op_num_threads = num_threads or num_cores()
+        # A thread that spins while it waits takes the core that another one needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session: Any = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"]
         )

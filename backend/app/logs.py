@@ -1,0 +1,47 @@
+"""The server's log: one JSON object a line on standard error."""
+
+import json
+import logging
+from datetime import datetime, timezone
+from typing import Any
+
+LONGEST_VALUE = 2000  # characters; a path, an id or an error's text may come from a client
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line; json.dumps escapes whatever a client has put into it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        values: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            values["traceback"] = self.formatException(record.exc_info)[-LONGEST_VALUE:]
+        return json.dumps({name: shorten(value) for name, value in values.items()})
+
+
+def shorten(value: Any, limit: int = LONGEST_VALUE) -> Any:
+    """Cut a text that is longer than the limit."""
+    if isinstance(value, str) and len(value) > limit:
+        return f"{value[: limit - 1]}…"
+    return value
+
+
+def log_to_stderr() -> None:
+    """Send every line to standard error as JSON: ours, the libraries', Python's warnings.
+
+    Whoever has set up logging before keeps what they set up.
+    """
+    if logging.root.handlers:
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.root.addHandler(handler)
+    logging.captureWarnings(True)
+    logging.getLogger("app").setLevel(logging.INFO)
+    uvicorn = logging.getLogger("uvicorn")  # has a handler of its own, for plain text
+    uvicorn.handlers.clear()
+    uvicorn.propagate = True

@@ -1,0 +1,169 @@
+"""From a request to the bytes of its photo: in memory, and never more than is allowed.
+
+A photo is the field `file` of a multipart form, with a file name or without, or the whole body
+(`Content-Type: image/...`). Nothing is written to disk.
+"""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.inference import OverloadedError
+from app.logs import shorten
+from app.metrics import Metrics
+
+FIELD = "file"
+FORM_TYPE = b"multipart/form-data"
+MAX_PARTS = 1000
+PIECE = 2**16  # bytes parsed between two looks at the clock
+PARSING_SECONDS = 1.0  # a form of 20 MiB takes 0.03 s, one that was made to be slow 20 s
+
+
+class MalformedFormError(ValueError):
+    """A multipart body that cannot be parsed; the message says what is wrong with it."""
+
+
+class NoPhotoError(ValueError):
+    """A request without a photo; the message says where one is expected."""
+
+
+class UploadMemory:
+    """Holds the bodies of all uploads, from their arrival until they are answered."""
+
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+        self.metrics = metrics
+
+    @asynccontextmanager
+    async def body_of(self, request: Request) -> AsyncIterator[bytearray]:
+        """Read a request's body; it is gone when the context ends.
+
+        Raises:
+            OverloadedError: all bodies together would be larger than they may be.
+        """
+        body = bytearray()
+        try:
+            async for piece in request.stream():
+                if self.held + len(piece) > self.max_bytes:
+                    raise OverloadedError("too many uploads are under way; try again in a moment")
+                body += piece
+                self._hold(len(piece))
+            yield body
+        finally:
+            self._hold(-len(body))
+            body.clear()  # a dropped job keeps it until its turn would have come
+
+    def _hold(self, num_bytes: int) -> None:
+        self.held += num_bytes
+        self.metrics.upload_bytes.set(self.held)
+
+
+def check_content_type(content_type: str) -> None:
+    """Refuse, before the body is read, what cannot hold a photo.
+
+    Raises:
+        NoPhotoError: neither a form nor an image.
+    """
+    kind, _ = parse_options_header(content_type)
+    if kind not in (FORM_TYPE, b"application/octet-stream") and not kind.startswith(b"image/"):
+        raise NoPhotoError(
+            f"send the photo as the field {FIELD!r} of a form (multipart/form-data), or as the "
+            f"body with Content-Type: image/jpeg; this request's Content-Type is "
+            f"{shorten(content_type, 100)!r}"
+        )
+
+
+def photo_in(body: bytearray, content_type: str) -> bytes:
+    """Return the photo's bytes.
+
+    Raises:
+        MalformedFormError: a form that is cut off or broken.
+        NoPhotoError: a form without the field `file`.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind != FORM_TYPE:
+        return bytes(body)
+    try:
+        form = _Form(options.get(b"boundary", b""))
+        form.parse(body)
+    except FormParserError as error:
+        raise MalformedFormError(f"the form is not valid multipart: {error}") from error
+    return form.photo()
+
+
+class _Form:
+    """A multipart form, of which only the names of the fields and the photo's bytes are kept."""
+
+    def __init__(self, boundary: bytes) -> None:
+        if not boundary:
+            raise MalformedFormError("the Content-Type names no boundary")
+        self.names: list[str] = []
+        self.pieces: list[bytes] = []  # of the photo; the last field with its name counts
+        self.has_photo = False
+        self.ended = False
+        self.header = self.value = b""
+        self.parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": self._begin_part,
+                "on_header_begin": self._begin_header,
+                "on_header_field": self._add_to_header,
+                "on_header_value": self._add_to_value,
+                "on_header_end": self._end_header,
+                "on_part_data": self._add_data,
+                "on_part_end": self._end_part,
+                "on_end": self._end,
+            },
+        )
+
+    def parse(self, body: bytearray) -> None:
+        began = time.thread_time()
+        for start in range(0, len(body), PIECE):
+            self.parser.write(bytes(body[start : start + PIECE]))
+            if time.thread_time() - began > PARSING_SECONDS:
+                raise MalformedFormError("the form takes too long to parse")
+
+    def photo(self) -> bytes:
+        if self.has_photo:
+            return b"".join(self.pieces)
+        if not self.ended:
+            raise MalformedFormError("the body ends before its last boundary")
+        found = shorten(", ".join(map(repr, self.names)), 100) or "no field"
+        raise NoPhotoError(f"no form field is named {FIELD!r}; the form has {found}")
+
+    def _begin_part(self) -> None:
+        self.names.append("")
+        if len(self.names) > MAX_PARTS:
+            raise MalformedFormError(f"the form has more than {MAX_PARTS} fields")
+
+    def _begin_header(self) -> None:
+        self.header = self.value = b""
+
+    def _add_to_header(self, data: bytes, start: int, end: int) -> None:
+        self.header += data[start:end]
+
+    def _add_to_value(self, data: bytes, start: int, end: int) -> None:
+        self.value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self.header.lower() == b"content-disposition":
+            _, options = parse_options_header(self.value)
+            self.names[-1] = options.get(b"name", b"").decode(errors="replace")
+            if self.names[-1] == FIELD:
+                self.pieces, self.has_photo = [], False
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        if self.names[-1] == FIELD:
+            self.pieces.append(data[start:end])
+
+    def _end_part(self) -> None:
+        if self.names[-1] == FIELD:
+            self.has_photo = True
+
+    def _end(self) -> None:
+        self.ended = True
