@@ -5,7 +5,7 @@
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2
         Food-101 (5 GB, downloaded once to data/): hours on a CPU, well under one on a GPU
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2 --resume auto
-        the same command goes on where it was cut off, to the same weights
+        the same command continues where it was cut off, to the same weights
     python backend/train_model.py --predict lunch.jpg
         what the newest model sees; for a folder, a table in predictions.csv
     python backend/train_model.py --compare v1 v2
@@ -14,15 +14,14 @@
 The model goes to ml-models/ (food_model_vN.pth, class_to_idx.json, model_config.json and a report),
 what resuming needs to checkpoints/, and the history to metrics.jsonl there and to MLflow
 (mlflow ui --backend-store-uri sqlite:///mlflow.db). MODEL_TRAINING_GUIDE.md explains each flag.
+
+Read it from the bottom: `train` is the whole job, `fit` the epochs, `train_step` one update.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import io
 import logging
 import math
-import shlex
 import sys
 import tempfile
 import time
@@ -30,240 +29,286 @@ import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from app.ml.artifacts import (
-    ArtifactError,
-    ModelRecord,
-    SaveError,
-    report_folder_name,
-    weights_name,
-)
+from app.ml.artifacts import LOCK_NAME as RELEASE_LOCK_NAME
+from app.ml.artifacts import ModelRecord
+from app.ml.durable import check_writable
 from app.ml.model import (
-    WeightsError,
+    TrainedPart,
     backbone,
     build_model,
     describe_split,
+    dropout_mask,
     load_pretrained,
     split_model,
 )
-from app.ml.predictor import load_model_for_inference
-from app.ml.preprocessing import ImageError
+from app.ml.preprocessing import PreprocessConfig
+from training.commands.cli import run_command_line
+from training.commands.console import ProgressBar, log_data, log_epoch, log_settings
 from training.compute.depthwise import float32_gradients
-from training.compute.devices import choose_device, choose_dtype, reuse_freed_memory
+from training.compute.devices import (
+    DTYPES,
+    autocast,
+    choose_device,
+    choose_precision,
+    prepare_machine,
+)
 from training.compute.distributed import Processes, join_processes, shared_gradients
-from training.compute.features import FeatureSource, feature_sources
-from training.config import (
-    TrainingConfig,
-    config_from_args,
-    flag_names,
-    make_parser,
-    without_password,
-)
+from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
+from training.compute.memory import MicroBatch
+from training.config import TrainingConfig
+from training.data.loader import default_num_workers
+from training.data.manifest import fingerprint
 from training.data.splits import FoodData, load_food_data
-from training.errors import CheckpointError, ConfigError, DataError, TrainingError
+from training.errors import ConfigError, TrainingError
 from training.release.release import TrainingResult, release_model
-from training.run.record import RunRecord
-from training.run.recording import recorded
-from training.run.resume import Interrupted, Keeper, data_of_run, find_checkpoint, mark_finished
-from training.run.state import (
-    MicroBatch,
-    Run,
-    Verdict,
-    WeightAverage,
-    fingerprint,
-    pack_data,
-    plain_copy,
-)
+from training.run.checkpointer import Checkpointer
+from training.run.copies import check_mounted
+from training.run.resume import find_checkpoint
+from training.run.session import Session, session
+from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
 from training.sample.generate import draw_sample
-from training.step import autocast, train_step
-
-SYNC_SECONDS = 120
-GOES_ON = "; --resume auto goes on from the last checkpoint"
-SLOW_DATA_SHARE = 0.10  # above this share of waiting for images, the epoch line says what helps
-
-KNOWN_ERRORS = (DataError, WeightsError, CheckpointError, ArtifactError, ImageError)
 
 logger = logging.getLogger("nutrilearn")
 
 
-# The loop -------------------------------------------------------------------------------------
+# One update -----------------------------------------------------------------------------------
+
+
+def train_step(run: Run, module: nn.Module, batch: FeatureBatch, processes: Processes) -> Tensor:
+    """Update the weights from one batch.
+
+    Nothing here waits for the device: the answer is read when a person or a checkpoint needs it.
+
+    Returns (4,) on the device, of this process's share: the summed loss, the correct answers, the
+    images, and whether the loss and the gradient are finite.
+    """
+    changing = () if run.config.is_pretrained else run.trained.buffers()  # of batch-norm
+    buffers = [(buffer, buffer.clone()) for buffer in changing]
+
+    def attempt() -> tuple[Tensor, Tensor]:
+        for buffer, before in buffers:
+            buffer.copy_(before)  # batch-norm must not count images that will be seen again
+        return gradients(run, module, batch, processes)
+
+    loss_sum, correct = run.micro_batch.attempt(attempt)
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.trained.parameters(), run.config.gradient_clip_max_norm)
+    # In fp16 the scaler tries scales out: gradients that overflow are normal, and it skips them.
+    is_finite = loss_sum.isfinite() & (norm.isfinite() | run.scaler.is_enabled())
+    with warmed_up_rate(run):
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.average.update()
+    count = loss_sum.new_full((), len(batch.labels))
+    return torch.stack([loss_sum, correct, count, is_finite.float()])
+
+
+def gradients(
+    run: Run, module: nn.Module, batch: FeatureBatch, processes: Processes
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of the mean loss over the whole batch, in parts that fit into memory.
+
+    Returns the summed loss and the correct answers of this process's share, on the device.
+    """
+    run.optimizer.zero_grad(set_to_none=True)
+    device = batch.features.device
+    labels = batch.labels.to(device, non_blocking=True)  # (N,)
+    masks = dropout_masks(run, batch).to(device, non_blocking=True)  # (N, num_features)
+    loss_sum, correct = torch.zeros(2, device=device).unbind()
+    for part in parts_of(run, batch, processes):
+        with autocast(batch.features):
+            logits = module(batch.features[part], masks[part])  # (n, num_classes)
+        loss = nn.functional.cross_entropy(
+            logits.float(),
+            labels[part],
+            reduction="sum",
+            label_smoothing=run.config.label_smoothing,
+        )
+        # DDP averages over the processes; the mean is meant to be over the images of all of them.
+        run.scaler.scale(loss * (processes.world_size / batch.num_images)).backward()
+        loss_sum += loss.detach()
+        correct += (logits.argmax(dim=1) == labels[part]).sum()
+    return loss_sum, correct
+
+
+def parts_of(run: Run, batch: FeatureBatch, processes: Processes) -> list[slice]:
+    """Cut a share into parts, as many in every process: each waits for the others' gradients."""
+    num_images = len(batch.labels)
+    if processes.world_size == 1:
+        return run.micro_batch.parts(num_images) if num_images else []
+    largest_share = -(-batch.num_images // processes.world_size)
+    parts, empty = run.micro_batch.parts(num_images), slice(num_images, num_images)
+    return parts + [empty] * (len(run.micro_batch.parts(largest_share)) - len(parts))
+
+
+def dropout_masks(run: Run, batch: FeatureBatch) -> Tensor:
+    """Draw (N, num_features) from (seed, epoch, batch), so that a resumed run repeats them.
+
+    They are drawn for the whole batch, whatever share of it is ours.
+    """
+    key = np.random.SeedSequence((run.config.seed, run.progress.epoch, run.progress.batch))
+    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+    num_features = run.trained.linear.in_features
+    return dropout_mask(run.config.batch_size, num_features, generator)[batch.positions]
+
+
+@contextlib.contextmanager
+def warmed_up_rate(run: Run) -> Iterator[None]:
+    """Inside, the learning rates are as far as the linear warm-up has brought them.
+
+    Adam's first steps follow the sign of a gradient that one batch alone has shaped, at full
+    length; without the warm-up they cost 1.7 points of accuracy (docs/experiments.md).
+    """
+    progress = min(1.0, (run.average.updates + 1) / max(run.warmup_steps, 1))
+    rates = [group["lr"] for group in run.optimizer.param_groups]
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * progress
+    yield
+    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+# The epochs -----------------------------------------------------------------------------------
 
 
 def fit(
     run: Run,
-    train: FeatureSource,
-    val: FeatureSource,
-    keeper: Keeper,
-    record: RunRecord,
+    train_batches: FeatureSource,
+    val_batches: FeatureSource,
+    keeper: Session,
     processes: Processes,
 ) -> None:
-    """Train and validate, epoch after epoch, until the verdict or the last epoch ends it."""
-    with contextlib.ExitStack() as stack:
-        frozen = train.frozen
-        stack.enter_context(float32_gradients(run.trained, frozen.device, frozen.dtype))
-        step_module = stack.enter_context(shared_gradients(run.trained, processes))
+    """Train and validate, epoch after epoch, until the last one or early stopping."""
+    frozen = train_batches.frozen
+    with (
+        float32_gradients(run.trained, frozen.device, frozen.dtype),
+        shared_gradients(run.trained, processes) as module,
+    ):
         while not run.is_done:
-            began, waited = time.perf_counter(), train.seconds_waiting
-            train_loss, train_acc = train_epoch(run, step_module, train, keeper, processes)
-            waiting = (train.seconds_waiting - waited) / (time.perf_counter() - began)
-            val_loss, val_acc = validate_epoch(run, val, keeper, processes)
-            _check_finite(val_loss, "validation", run, keeper)
+            began, waited = time.perf_counter(), train_batches.seconds_waiting
+            train_loss, train_acc = train_epoch(
+                run, module, train_batches, keeper.checkpointer, processes
+            )
+            waiting = train_batches.seconds_waiting - waited
+            data_wait_share = waiting / (time.perf_counter() - began)
+            val_loss, val_acc = validate_epoch(run, val_batches, keeper.checkpointer, processes)
             metrics = {
                 "epoch": run.progress.epoch + 1,
                 "train_loss": train_loss,
                 "train_acc": train_acc,
                 "val_loss": val_loss,
                 "val_acc": val_acc,
-                "learning_rate": run.optimizer.param_groups[0]["lr"],
+                "learning_rate": run.learning_rate,
                 "seconds": run.progress.seconds,
                 "images_per_second": run.progress.count / run.progress.seconds,
-                "data_wait_share": waiting,
+                "data_wait_share": data_wait_share,
             }
             is_best = finish_epoch(run, metrics)
-            keeper.save()
-            record.epoch(metrics)
+            keeper.epoch(metrics)
             log_epoch(metrics, run, is_best)
 
 
+def train_epoch(
+    run: Run,
+    module: nn.Module,
+    batches: FeatureSource,
+    keeper: Checkpointer,
+    processes: Processes,
+) -> tuple[float, float]:
+    """Train on the rest of the current epoch.
+
+    Returns the loss and the accuracy over all its images, those before a resume included.
+
+    Raises:
+        TrainingError: the loss is no longer finite, or no image could be read.
+        Interrupted: a signal came; the checkpoint is written.
+    """
+    progress = run.progress
+    run.train_mode()
+    began = time.perf_counter()
+    with ProgressBar(run, "train", batches, processes, progress.batch) as bar:
+        epoch = batches.epoch(progress.epoch, progress.batch, on_batch=keeper.check)
+        for batch in keeper.waiting_for(epoch):
+            step = train_step(run, module, batch, processes)
+            now = time.perf_counter()
+            progress.add(step, now - began)
+            began = now
+            bar.update(batch.num_images)
+            if keeper.check():
+                bar.show(progress)
+    keeper.read_progress()
+    if not progress.count:
+        raise TrainingError("no training image could be read; see the log")
+    return progress.loss_sum / progress.count, progress.correct / progress.count
+
+
+@torch.no_grad()
+def validate_epoch(
+    run: Run, batches: FeatureSource, keeper: Checkpointer, processes: Processes
+) -> tuple[float, float]:
+    """Compute the loss and the accuracy of the averaged weights over the validation images.
+
+    Raises: as `train_epoch`.
+    """
+    module, device = run.average.module.eval(), batches.frozen.device
+    sums = torch.zeros(3, device=device)  # loss, correct answers, images
+    with ProgressBar(run, "validate", batches, processes) as bar:
+        for batch in keeper.waiting_for(batches.epoch(0, on_batch=keeper.check)):
+            labels = batch.labels.to(device, non_blocking=True)
+            logits = predict_logits(run, module, batch.features)
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(dim=1) == labels).sum()
+            sums += torch.stack([loss, correct, loss.new_full((), len(labels))])
+            bar.update(batch.num_images)
+            keeper.check()
+    loss_sum, correct_sum, count = processes.sum(*sums.tolist())
+    if not count:
+        raise TrainingError("no validation image could be read; see the log")
+    if not math.isfinite(loss_sum):
+        raise keeper.not_finite("validation")
+    return loss_sum / count, correct_sum / count
+
+
+def predict_logits(run: Run, module: nn.Module, features: Tensor) -> Tensor:
+    """Compute float32 (N, num_classes) from features (N, C, H, W)."""
+    with autocast(features):
+        logits = run.micro_batch.map(lambda part: module(features[part]), len(features))
+    return logits.float()
+
+
 def finish_epoch(run: Run, metrics: dict[str, float]) -> bool:
-    """Lower the rate if it is time, judge the epoch, keep the best weights; True if it is best."""
+    """Reduce the rate if it is time, judge the epoch, keep the best weights; True if it is best."""
     run.lr_scheduler.step(metrics["val_loss"])
-    is_best = run.verdict.judge(int(metrics["epoch"]), metrics["val_loss"], metrics["val_acc"])
+    is_best = run.early_stopping.judge(
+        int(metrics["epoch"]), metrics["val_loss"], metrics["val_acc"]
+    )
     if is_best:
         run.best_weights = plain_copy(run.average.module.state_dict())
     run.progress.finish_epoch(metrics)
     return is_best
 
 
-def train_epoch(
-    run: Run,
-    step_module: nn.Module,
-    source: FeatureSource,
-    keeper: Keeper,
-    processes: Processes,
-) -> tuple[float, float]:
-    """The rest of the current epoch; returns loss and accuracy over all its images so far."""
-    progress = run.progress
-    run.train_mode()
-    seed, began = run.config.seed, time.perf_counter()
-    for _ in source.prepare(progress.epoch, shuffle_seed=seed):
-        keeper.check()
-    batches = source.batches(progress.epoch, progress.batch, shuffle_seed=seed)
-    with _progress_bar(source, run, "train", processes) as bar:
-        for batch in batches:
-            loss_sum, correct = train_step(run, step_module, batch, processes)
-            loss_sum, hits, count = processes.sum(loss_sum, correct, len(batch.labels))
-            _check_finite(loss_sum, f"batch {progress.batch + 1}", run, keeper)
-            now = time.perf_counter()
-            progress.add(loss_sum, hits, count, now - began)
-            began = now
-            bar.update()
-            bar.set_postfix(
-                loss=f"{progress.loss_sum / max(progress.count, 1):.3f}",
-                acc=f"{progress.correct / max(progress.count, 1):.3f}",
-            )
-            keeper.check()
-    if not progress.count:
-        raise TrainingError("not one training image could be read; the log names them")
-    return progress.loss_sum / progress.count, progress.correct / progress.count
-
-
-def _check_finite(loss: float, step: str, run: Run, keeper: Keeper) -> None:
-    if math.isfinite(loss):
-        return
-    raise TrainingError(
-        f"the loss is not finite any more at epoch {run.progress.epoch + 1}, {step}, learning rate "
-        f"{run.optimizer.param_groups[0]['lr']:g}; try a lower --learning_rate or --precision "
-        f"fp32. The last good checkpoint: {keeper.last_good or 'none yet'}"
-    )
-
-
-@torch.no_grad()
-def validate_epoch(
-    run: Run, source: FeatureSource, keeper: Keeper, processes: Processes
-) -> tuple[float, float]:
-    """Loss and accuracy of the averaged weights over the validation images."""
-    module, device = run.average.module.eval(), source.frozen.device
-    loss_sum, correct, count = 0.0, 0, 0
-    for _ in source.prepare(0):
-        keeper.check()
-    with _progress_bar(source, run, "validate", processes) as bar:
-        for batch in source.batches(0):
-            labels = batch.labels.to(device)
-            with autocast(batch.features):
-                logits = _logits(run, module, batch.features)
-            loss_sum += nn.functional.cross_entropy(logits.float(), labels, reduction="sum").item()
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            count += len(labels)
-            bar.update()
-            keeper.check()
-    loss_sum, correct_sum, count_sum = processes.sum(loss_sum, correct, count)
-    if not count_sum:
-        raise TrainingError("not one validation image could be read; the log names them")
-    return loss_sum / count_sum, correct_sum / count_sum
-
-
-def _logits(run: Run, module: nn.Module, features: Tensor) -> Tensor:
-    return run.micro_batch.map(lambda part: module(features[part]), len(features))
-
-
-def _progress_bar(source: FeatureSource, run: Run, verb: str, processes: Processes) -> Any:
-    return tqdm(
-        total=len(source),
-        initial=run.progress.batch if verb == "train" else 0,
-        desc=f"epoch {run.progress.epoch + 1}/{run.config.epochs} {verb}",
-        unit_scale=run.config.batch_size,
-        unit=" images",
-        leave=False,
-        disable=None if processes.is_main else True,  # None: only where a person looks on
-    )
-
-
-def log_epoch(metrics: dict[str, float], run: Run, is_best: bool) -> None:
-    """One aligned line per epoch."""
-    logger.info(
-        "epoch %*d/%d  train loss %.4f acc %.4f  val loss %.4f acc %.4f  lr %-8.3g"
-        "%6.1f images/s  data wait %2.0f %%%s",
-        len(str(run.config.epochs)),
-        metrics["epoch"],
-        run.config.epochs,
-        metrics["train_loss"],
-        metrics["train_acc"],
-        metrics["val_loss"],
-        metrics["val_acc"],
-        metrics["learning_rate"],
-        metrics["images_per_second"],
-        100 * metrics["data_wait_share"],
-        "  best" if is_best else "",
-    )
-    if metrics["epoch"] > 1 and metrics["data_wait_share"] > SLOW_DATA_SHARE:
-        logger.info(
-            "much of the time goes into waiting for images; raise --num_workers (now %s)%s",
-            run.config.num_workers,
-            "" if run.config.cache_images == "on" else " or set --cache_images on",
-        )
-    if run.verdict.should_stop:
-        patience = run.config.early_stopping_patience
-        logger.info("early stop: no lower validation loss for %d epochs", patience)
-
-
 # Setting a run up -----------------------------------------------------------------------------
 
 
-def build_run(
-    config: TrainingConfig, data: FoodData, device: torch.device, *, pretrained: bool = True
-) -> tuple[Run, nn.Module]:
-    """The network with all that trains it, and its frozen layers.
+def load_model(
+    config: TrainingConfig, num_classes: int, *, pretrained: bool
+) -> tuple[nn.Module, nn.Module, TrainedPart]:
+    """Build the network; return it whole, its frozen part and its trained part.
 
     pretrained: False where a checkpoint will be restored, which holds all weights.
+
+    Raises:
+        ConfigError: it has fewer layers than are to be frozen.
+        WeightsError: the pretrained weights are not available, or do not fit.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(data.class_to_idx))
+    model = build_model(config.model_name, num_classes)
     origin = "weights of the checkpoint"
     if pretrained:
         origin = load_pretrained(model, config.model_name, config.weights)
@@ -275,121 +320,79 @@ def build_run(
         raise ConfigError(f"--freeze_layers {freeze}: {error}") from error
     logger.info("%s, %s", config.model_name, origin)
     logger.info("%s", describe_split(model, config.model_name, freeze))
+    return model, frozen, trained
+
+
+def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> TrainingConfig:
+    """Replace auto and on by what they mean here; num_images: of the training split."""
+    # The average looks back over two epochs: 0.98 at 25 steps an epoch, 0.9997 at Food-101's 1,894.
+    steps_per_epoch = math.ceil(num_images / config.batch_size)
+    automatic_decay = 1 - 1 / max(2 * steps_per_epoch, 2)
+    decay = automatic_decay if config.ema_decay == "on" else float(config.ema_decay)
+    workers = config.num_workers
+    return dataclasses.replace(
+        config,
+        precision=choose_precision(config.precision, device),
+        num_workers=default_num_workers(device) if workers == "auto" else workers,
+        ema_decay=decay,
+        # A small rate protects what pretraining gave; without it there is nothing to protect.
+        backbone_lr_scale=config.backbone_lr_scale if config.is_pretrained else 1.0,
+    )
+
+
+def build_run(
+    config: TrainingConfig,
+    data: FoodData,
+    model: nn.Module,
+    trained: TrainedPart,
+    device: torch.device,
+) -> Run:
+    """Put everything together that training changes, at its beginning."""
+    asked, config = config.exact_settings(), resolve(config, device, len(data.train))
     model.to(device).to(memory_format=torch.channels_last)
-    rate = config.learning_rate
-    groups = [{"params": list(trained.linear.parameters()), "lr": rate}]
+    groups = [{"params": list(trained.linear.parameters()), "lr": config.learning_rate}]
     if len(trained.layers):
-        share = 1.0 if config.weights == "none" else config.backbone_rate
-        groups.append({"params": list(trained.layers.parameters()), "lr": rate * share})
+        rate = config.learning_rate * config.backbone_lr_scale
+        groups.append({"params": list(trained.layers.parameters()), "lr": rate})
     optimizer = torch.optim.Adam(groups, weight_decay=config.weight_decay, fused=True)
-    # A horizon of two epochs: 0.98 at 25 steps an epoch, 0.9997 at Food-101's 1,894.
-    steps_per_epoch = -(-len(data.train) // config.batch_size)
-    automatic = 1 - 1 / max(2 * steps_per_epoch, 2)
-    decay = automatic if config.ema_decay == "on" else float(config.ema_decay)
-    run = Run(
+    steps_per_epoch = math.ceil(len(data.train) / config.batch_size)
+    return Run(
         config=config,
+        asked=asked,
         name=f"{config.model_name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
         model=model,
         trained=trained,
-        average=WeightAverage(trained, decay),
+        average=WeightAverage(trained, float(config.ema_decay)),
         optimizer=optimizer,
         lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer,
             patience=config.scheduler_patience,
             factor=config.scheduler_factor,
-            threshold=0,  # any lower loss counts, as it does for the verdict
+            threshold=0,  # any lower loss counts, as it does for early stopping
         ),
-        scaler=torch.amp.GradScaler(
-            device.type, enabled=choose_dtype(config.precision, device) == torch.float16
-        ),
-        verdict=Verdict(config.early_stopping_patience),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
+        early_stopping=EarlyStopping(config.early_stopping_patience),
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         data_fingerprint=fingerprint(data),
-        packed_data=pack_data(data),
         micro_batch=MicroBatch(config.batch_size),
+        weights_sha256=file_sha256(Path(config.weights)) or "",
     )
-    return run, frozen
 
 
-# The whole job --------------------------------------------------------------------------------
+def check_folders(config: TrainingConfig) -> None:
+    """Fail before hours of training where their result could not be written.
 
-
-def train(config: TrainingConfig, command: str) -> ModelRecord | None:
-    """Data, model, fit, test, release: from the flags to the released version.
-
-    Returns None on processes that only helped (rank above 0).
+    Raises:
+        FolderError, CheckpointError: one line that names the flag.
     """
-    processes = join_processes(choose_device(config.device, 0).type)
-    if not processes.is_main:
-        logging.disable(logging.WARNING)
-    device = choose_device(config.device, processes.local_rank)
-    log_settings(config)
-    reuse_freed_memory()
-    data = processes.from_main(lambda: load_data(config))
-    checkpoint = processes.from_main(lambda: find_checkpoint(config, data))
-    if checkpoint:
-        data = data_of_run(checkpoint, data)
-    run, frozen = build_run(config, data, device, pretrained=checkpoint is None)
-    run.name = processes.from_main(lambda: run.name)
-    if checkpoint:
-        run.restore(checkpoint.state)
-    run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
-    train_source, val_source = feature_sources(
-        config, data, frozen, run_dir, device, processes, run.micro_batch
-    )
-    train_source.loader.left_out = val_source.loader.left_out = run.left_out
-    with contextlib.closing(Keeper(run, run_dir, processes, checkpoint)) as keeper:
-        with recorded(run, run_dir, checkpoint, device, processes) as ending:
-            with (
-                lost_process_explained(processes, GOES_ON),
-                contextlib.closing(train_source),
-                contextlib.closing(val_source),
-            ):
-                fit(run, train_source, val_source, keeper, ending.record, processes)
-            left_out = processes.merged(run.left_out)
-            processes.leave()
-            if not processes.is_main:
-                return None
-            keeper.stop.raise_from_now()
-            run.trained.load_state_dict(run.best_weights)
-            result = TrainingResult(
-                run_name=run.name,
-                command=command,
-                config=config,
-                history=run.progress.history,
-                best_epoch=run.verdict.best_epoch,
-                stopped_early=run.verdict.should_stop,
-                skipped=left_out,
-                num_workers=train_source.loader.num_workers,
-            )
-            with lost_process_explained(Processes(), GOES_ON):
-                released = release_model(run.model, data, result, device)
-            ending.finish(released)
-        mark_finished(run_dir, run, released.version)  # only when the record has its end too
-    return released
-
-
-@contextlib.contextmanager
-def lost_process_explained(processes: Processes, hint: str = "") -> Iterator[None]:
-    """Turn what torch raises, anywhere, when another process dies into a TrainingError."""
-    try:
-        yield
-    except RuntimeError as error:
-        line = (str(error).splitlines() or [""])[0]
-        if "DataLoader worker" in str(error):
-            raise TrainingError(
-                f"a process that reads images died ({line}); if memory is short, lower "
-                f"--num_workers{hint}"
-            ) from error
-        if processes.world_size > 1 and not isinstance(error, (TrainingError, *KNOWN_ERRORS)):
-            raise TrainingError(
-                f"the processes of this run lost each other ({line}){hint}"
-            ) from error
-        raise
+    check_writable(config.checkpoint_dir, "--checkpoint_dir")
+    if config.checkpoint_copy_dir:
+        check_mounted(config.checkpoint_copy_dir)
+    check_writable(config.output_dir, "--output_dir", RELEASE_LOCK_NAME)
 
 
 def load_data(config: TrainingConfig) -> FoodData:
-    """List the images, drawing the sample first if it is asked for; says what was found."""
+    """List the images, drawing the sample first if it is asked for."""
     data_dir = draw_sample(config.data_dir / "sample") if config.sample else config.data_dir
     data = load_food_data(
         data_dir,
@@ -399,44 +402,70 @@ def load_data(config: TrainingConfig) -> FoodData:
         train_split=config.train_split,
         seed=config.seed,
     )
-    for note in data.notes:
-        logger.info("%s", note)
+    log_data(data)
     return data
 
 
-def log_settings(config: TrainingConfig) -> None:
-    """The configuration, a line per group."""
-    groups: dict[str, list[str]] = {}
-    for setting in dataclasses.fields(config):
-        value = config.to_dict()[setting.name]
-        groups.setdefault(setting.metadata["group"], []).append(f"{setting.name}={value}")
-    for group, settings in groups.items():
-        logger.info("%-8s %s", group, " ".join(settings))
+# The whole job --------------------------------------------------------------------------------
 
 
-def log_release(released: ModelRecord, config: TrainingConfig) -> None:
-    """What was reached, and where it is."""
-    metrics, folder = released.metrics, config.output_dir
-    low, high = metrics["test_top1_ci95"]
-    report = folder / report_folder_name(released.version)
-    logger.info(
-        "test top-1 %.4f (95 %% interval %.3f to %.3f)  top-5 %.4f  on %d images; best epoch %d",
-        metrics["test_top1"],
-        low,
-        high,
-        metrics["test_top5"],
-        metrics["test_images"],
-        metrics["best_epoch"],
+def train(config: TrainingConfig, command: str) -> ModelRecord | None:
+    """Do the whole job, from the settings to the released version.
+
+    Returns None in processes that only helped (rank above 0).
+    """
+    processes = join_processes(config.device)
+    device = choose_device(config.device, processes.local_rank)
+    prepare_machine()
+    log_settings(config)
+    processes.from_main(lambda: check_folders(config))
+    data = processes.from_main(lambda: load_data(config))
+    checkpoint, data = processes.from_main(lambda: find_checkpoint(config, data))
+
+    model, frozen, trained = load_model(
+        config, len(data.class_to_idx), pretrained=checkpoint is None
     )
-    logger.info("model    %s (now current)", folder / weights_name(released.version))
-    logger.info("report   %s", report / "report.html")
+    run = build_run(config, data, model, trained, device)
+    run.name = processes.from_main(lambda: run.name)
+    run.micro_batch.is_fixed = processes.world_size > 1
+    if checkpoint:
+        run.restore(checkpoint.state)
+    run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
+
+    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
+    frozen_part = FrozenPart(
+        frozen, preprocessing, device, DTYPES[run.config.precision], run.micro_batch
+    )
+    train_batches, val_batches = feature_sources(
+        run.config, data, frozen_part, run_dir, processes, run.skipped
+    )
+    sources = (train_batches, val_batches)
+    with session(run, run_dir, data, checkpoint, device, processes, sources) as keeper:
+        fit(run, train_batches, val_batches, keeper, processes)
+        if not keeper.part():
+            return None
+        run.use_best_weights()
+        released = release_model(run.model, data, training_result(run, command), device)
+        keeper.finish(released)
+    return released
 
 
-# Other commands -------------------------------------------------------------------------------
+def training_result(run: Run, command: str) -> TrainingResult:
+    """Collect what the release says about the run that trained the model."""
+    return TrainingResult(
+        run_name=run.name,
+        command=command,
+        config=run.config,
+        history=run.progress.history,
+        best_epoch=run.early_stopping.best_epoch,
+        stopped_early=run.early_stopping.should_stop,
+        skipped=run.skipped,
+        num_workers=int(run.config.num_workers),
+    )
 
 
 def dry_run(config: TrainingConfig, command: str) -> None:
-    """The whole job, with every file, on a handful of images in a folder that is then removed."""
+    """Do the whole job, every file included, on a handful of images in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="nutrilearn-dry-run-") as folder:
         small = dataclasses.replace(
             config,
@@ -446,143 +475,15 @@ def dry_run(config: TrainingConfig, command: str) -> None:
             resume=None,
             output_dir=Path(folder) / "ml-models",
             checkpoint_dir=Path(folder) / "checkpoints",
+            checkpoint_copy_dir=None,
         )
-        released = train(small, command)
-    if released:
-        logger.info("dry run: data, training, test, release and reload all work; nothing is kept")
-
-
-def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
-    """Say what a released model sees on pictures; the exit code."""
-    from training.commands.predict import predict_paths
-
-    device = choose_device(config.device, 0)
-    model = load_model_for_inference(config.output_dir, options.model_version, device)
-    with lost_process_explained(Processes()):
-        return predict_paths(
-            model,
-            options.predict,
-            top_k=options.top_k,
-            csv_path=options.predictions,
-            device=device,
-            num_workers=config.num_workers,
-        )
-
-
-def compare(versions: Sequence[int], config: TrainingConfig) -> None:
-    """Print and draw how two released versions differ on the images both were tested on."""
-    from training.commands.compare import compare_versions
-
-    page = compare_versions(config.output_dir, *versions)
-    logger.info("comparison %s", page)
-
-
-def sync_command(run_dir: Path) -> int:
-    """Bring MLflow level with a run's record; 0 if it is."""
-    from training.run.mlflow_mirror import sync  # imports mlflow, which training itself never does
-
-    result = sync(run_dir, deadline_seconds=SYNC_SECONDS)
-    logger.info("%s", result.message)
-    return 0 if result.level else 1
-
-
-def make_cli() -> argparse.ArgumentParser:
-    """The flags of TrainingConfig, and those that use a model rather than train one."""
-    parser = make_parser(__doc__)
-    using = parser.add_argument_group("using it")
-    using.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
-        help="say what is on these pictures, or on all pictures in these folders",
-    )
-    using.add_argument(
-        "--predictions",
-        type=Path,
-        metavar="CSV",
-        help="write the answers to this file (default: predictions.csv; for folders)",
-    )
-    using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
-    using.add_argument(
-        *flag_names("model_version"), type=int, help="the version to use (default: the newest)"
-    )
-    using.add_argument(
-        "--compare",
-        nargs=2,
-        type=version_number,
-        metavar="VERSION",
-        help="how the second version differs from the first on the images both were tested on",
-    )
-    using.add_argument(
-        *flag_names("sync_mlflow"), metavar="RUN_DIR", help="bring MLflow level with a run's record"
-    )
-    return parser
-
-
-def version_number(text: str) -> int:
-    """The N of "N" or "vN"."""
-    digits = text.removeprefix("v")
-    if not (digits.isascii() and digits.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text}: must be a version, such as 3 or v3")
-    return int(digits)
-
-
-def resume_command(arguments: list[str]) -> str:
-    """The command that goes on where the one with these arguments stopped."""
-    kept = [argument for argument in arguments if not argument.startswith("--resume=")]
-    if "--resume" in kept:
-        at = kept.index("--resume")
-        del kept[at : at + 2]
-    return shlex.join(["python", "backend/train_model.py", *kept, "--resume", "auto"])
+        if train(small, command):
+            logger.info("dry run: data, training, test, release and reload work; nothing is kept")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 it could not be done, 2 a bad flag, 130 and 143 signals."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = make_cli()
-    options = parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a redirected Windows console knows few letters
-        sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache
-    command = without_password(shlex.join(["python", "backend/train_model.py", *arguments]))
-    try:
-        config = config_from_args(options)
-        if options.top_k < 1:
-            raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
-        if options.predictions and not options.predict:
-            raise ConfigError("--predictions: goes with --predict and its pictures")
-        if options.predict and options.compare:
-            raise ConfigError("--predict and --compare: one at a time")
-        if options.sync_mlflow:
-            return sync_command(Path(options.sync_mlflow))
-        if options.predict:
-            return predict(options, config)
-        if options.compare:
-            compare(options.compare, config)
-        elif config.dry_run:
-            dry_run(config, command)
-        elif released := train(config, command):
-            log_release(released, config)
-    except ConfigError as error:
-        parser.error(str(error))
-    except Interrupted as signal_received:
-        logger.info("stopped by %s; go on with: %s", signal_received, resume_command(arguments))
-        return signal_received.exit_code
-    except KeyboardInterrupt:
-        logger.info("stopped before there was anything to save")
-        return 130
-    except SaveError as error:
-        logger.error(
-            "%s; nothing needs training again: %s only tests and saves",
-            error,
-            resume_command(arguments),
-        )
-        return 1
-    except (*KNOWN_ERRORS, TrainingError, OSError) as error:
-        logger.error("%s", error)
-        return 1
-    return 0
+    """Run the command line; returns the exit code."""
+    return run_command_line(argv, __doc__, train, dry_run)
 
 
 if __name__ == "__main__":

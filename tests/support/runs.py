@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tests.support import standin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BACKEND = REPOSITORY / "backend"
@@ -36,7 +37,8 @@ def draw_photos(folder: Path, per_class: int = 14, noise: float = 60, seed: int 
 
 def arguments(photos: Path, folder: Path, *more: str) -> list[str]:
     """The flags of a short run whose files all go into one folder."""
-    small = ("--weights", "none", "--freeze_layers", "10", "--batch_size", "8", "--epochs", "4")
+    small = ("--weights", "none", "--freeze_layers", "2", "--batch_size", "8", "--epochs", "4")
+    small = ("--model_name", standin.NAME, *small)
     plain = ("--device", "cpu", "--num_workers", "0", "--no_mlflow")
     places = ("--data_dir", photos, "--output_dir", folder / "models")
     return [*map(str, places), "--checkpoint_dir", str(folder / "runs"), *small, *plain, *more]
@@ -119,10 +121,10 @@ def kind_of(file: object) -> str:
 def set_trap(trap: Trap) -> None:
     """Let the moments of this process pass through the trap."""
     import train_model
-    from training import step
     from training.compute.features import FeatureStore
 
-    real = {name: getattr(os, name) for name in ("replace", "fsync", "unlink", "fdopen")}
+    real = {name: getattr(os, name) for name in ("replace", "fsync", "unlink")}
+    real["open"] = Path.open
 
     def replace(source: Any, target: Any) -> None:
         trap(kind_of(target))
@@ -137,13 +139,15 @@ def set_trap(trap: Trap) -> None:
         trap(kind_of(path))
         real["unlink"](path, **options)
 
-    def fdopen(number: int, mode: str) -> HalfWritten:
-        return HalfWritten(real["fdopen"](number, mode), trap)
+    def open_path(path: Path, mode: str = "r", *values: Any, **named: Any) -> Any:
+        file = real["open"](path, mode, *values, **named)
+        return HalfWritten(file, trap) if mode == "xb" else file
 
-    os.replace, os.fsync, os.unlink, os.fdopen = replace, fsync, unlink, fdopen  # type: ignore[assignment]
+    os.replace, os.fsync, os.unlink = replace, fsync, unlink  # type: ignore[assignment]
+    Path.open = open_path  # type: ignore[assignment, method-assign]
     for owner, name, kind in [
-        (step, "add_gradients", "train"),
-        (train_model, "_logits", "validate"),
+        (train_model, "gradients", "train"),
+        (train_model, "predict_logits", "validate"),
         (FeatureStore, "put", "validate"),
         (train_model, "log_epoch", "epoch end"),
     ]:
@@ -173,10 +177,12 @@ def live(
     import torch
 
     import train_model
-    from training.run import resume as resuming
+    from training.run import checkpointer
 
+    standin.register()
     torch.set_num_threads(1)
-    resuming.CHECKPOINT_SECONDS = save_seconds  # type: ignore[assignment]
+    checkpointer.CHECKPOINT_SECONDS = save_seconds  # type: ignore[assignment]
+    checkpointer.READ_SECONDS = 0  # type: ignore[assignment]
     prepare()
     if trap:
         set_trap(trap)

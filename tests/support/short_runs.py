@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support import standin
 from tests.support.runs import arguments
 from torch import nn
 
@@ -30,6 +31,7 @@ long_only = pytest.mark.skipif(
     "NUTRILEARN_LONG_TESTS" not in os.environ,
     reason="takes a minute or more; set NUTRILEARN_LONG_TESTS=1 to run it",
 )
+standin.register()
 SECONDS = 400  # no process here takes so long unless it hangs
 EPOCHS = ("--epochs", "3")
 
@@ -101,7 +103,7 @@ def train(folder: Path, photos: Path, *more: str, tracking_uri: str | None = Non
     cost, began, add = COSTS[folder], time.perf_counter(), Progress.add
     close = MlflowMirror.close
 
-    def noting(progress: Progress, *values: float) -> None:
+    def noting(progress: Progress, *values: Any) -> None:
         place = (progress.epoch, progress.batch)
         cost.again += values[-1] * (place in cost.batches)
         cost.batches.add(place)

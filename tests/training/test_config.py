@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 import train_model
 from training.config import (
-    PLAIN_RECIPE,
     REPOSITORY,
     SWITCH,
     TrainingConfig,
     config_from_args,
     differences,
+    flag_fields,
     make_parser,
 )
 from training.errors import ConfigError
 
-FIELDS = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+FIELDS = {field.name: field for field in flag_fields()}
 COUNT = ["0", "-1", "2.5", "many", "", "nan", "1e3"]
 SHARE = ["0", "1", "-0.5", "1.5", "nan", "inf", "half", ""]
 POSITIVE = ["0", "-1", "nan", "inf", "-inf", "fast", ""]
@@ -38,17 +38,10 @@ BAD: dict[str, list[str]] = {
     "num_workers": ["-1", "1.5", "most", ""],
     "cache_images": ["yes", "", "ON"],
     "cache_views": ["-1", "off", ""],
-    "recipe": ["", "fancy", "Plain"],
     "epochs": COUNT,
     "batch_size": COUNT,
     "learning_rate": POSITIVE,
     "weight_decay": ["-1", "nan", "inf", "none", ""],
-    "backbone_rate": POSITIVE,
-    "warmup_epochs": ["-1", "nan", "inf", "one", ""],
-    "batch_norm": ["frozen", ""],
-    "augmentation": ["", "none", "Trivial"],
-    "smallest_crop": ["0", "1.01", "nan", "-1", "some", ""],
-    "label_smoothing": ["-0.1", "1", "nan", "some", ""],
     "scheduler_patience": ["-1", "2.5", "", "nan"],
     "scheduler_factor": SHARE,
     "early_stopping_patience": COUNT,
@@ -59,6 +52,7 @@ BAD: dict[str, list[str]] = {
     "precision": ["fp64", "float32", ""],
     "output_dir": [""],
     "checkpoint_dir": [""],
+    "checkpoint_copy_dir": ["", "~nobody-of-this-name"],
     "resume": ["", " "],
     "experiment_name": ["", "  "],
     "tracking_uri": ["", "  "],
@@ -75,17 +69,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "num_workers": {"auto": "auto", "0": 0},
     "cache_images": {"off": "off"},
     "cache_views": {"3": 3},
-    "recipe": {"default": "default"},
     "epochs": {"1": 1},
     "batch_size": {"1": 1},
     "learning_rate": {"1e-4": 1e-4},
     "weight_decay": {"0": 0.0},
-    "backbone_rate": {"0.5": 0.5, "2": 2.0},
-    "warmup_epochs": {"0": 0.0, "2.5": 2.5},
-    "augmentation": {"basic": "basic", "trivial": "trivial"},
-    "smallest_crop": {"0.08": 0.08, "1": 1.0},
-    "batch_norm": {"fixed": "fixed", "trained": "trained"},
-    "label_smoothing": {"0": 0.0, "0.1": 0.1},
     "scheduler_patience": {"0": 0},
     "scheduler_factor": {"0.1": 0.1},
     "early_stopping_patience": {"1": 1},
@@ -96,11 +83,12 @@ GOOD: dict[str, dict[str, Any]] = {
     "precision": {"bf16": "bf16"},
     "output_dir": {"out": Path("out")},
     "checkpoint_dir": {"kept": Path("kept")},
+    "checkpoint_copy_dir": {"drive": Path("drive")},
     "resume": {"auto": "auto", "x.pt": "x.pt"},
     "experiment_name": {"a b": "a b"},
     "tracking_uri": {"http://host": "http://host"},
 }
-VALUED = [name for name, field in FIELDS.items() if field.metadata["kind"] is not SWITCH]
+VALUED = [name for name, field in FIELDS.items() if field.metadata["type"] is not SWITCH]
 SWITCHES = [name for name in FIELDS if name not in VALUED]
 
 
@@ -132,7 +120,7 @@ def test_a_bad_value_is_one_line_and_exit_code_2(
     name: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused([f"--{name}={value}"], capsys)
-    assert f"--{name} {value}: must be {FIELDS[name].metadata['kind'].allowed}\n" in line
+    assert f"--{name} {value}: must be {FIELDS[name].metadata['type'].allowed}\n" in line
 
 
 @pytest.mark.parametrize("name", VALUED)
@@ -165,7 +153,7 @@ def test_a_flag_that_is_unknown_or_incomplete_is_named(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--predictions=x.csv"], ["--predict", "x.jpg", "--compare", "v1", "v2"]],
+    [["--predict", "x.jpg", "--compare", "v1", "v2"]],
 )
 def test_what_does_not_go_together_starts_nothing(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -187,7 +175,7 @@ def test_any_text_is_taken_or_refused_in_one_line(name: str, text: str) -> None:
     try:
         config_from_args(parser.parse_args([f"--{name}={text}"]))
     except ConfigError as error:
-        assert str(error) == f"--{name} {text}: must be {FIELDS[name].metadata['kind'].allowed}"
+        assert str(error) == f"--{name} {text}: must be {FIELDS[name].metadata['type'].allowed}"
 
 
 def test_a_line_break_in_a_value_does_not_break_the_line(
@@ -207,7 +195,7 @@ def test_the_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixtur
         if name in VALUED and not isinstance(field.default, (Path, type(None))):
             shown = "mlflow.db in the repository" if name == "tracking_uri" else str(field.default)
             assert f"default: {shown};" in text, name
-    for name in ("predict", "predictions", "top_k", "model_version", "compare", "sync_mlflow"):
+    for name in ("predict", "top_k", "model_version", "compare", "sync_mlflow"):
         assert f"--{name}" in text
 
 
@@ -280,22 +268,22 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     exact = TrainingConfig().exact_settings()
     free = {"epochs", "early_stopping_patience", "num_workers", "cache_images", "device"}
     free |= {"resume", "dry_run", "no_mlflow", "experiment_name", "tracking_uri", "data_dir"}
-    free |= {"recipe", "output_dir", "checkpoint_dir"}
+    free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir"}
     free |= {"custom_data_dir"}  # the list of images tells data apart
-    assert exact.keys() == FIELDS.keys() - free
+    recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
+    assert exact.keys() == (FIELDS.keys() | recipe) - free
     assert TrainingConfig(classes=("a", "b")).to_dict()["classes"] == ["a", "b"]
 
 
-def test_the_plain_recipe_is_a_set_of_defaults_that_flags_change() -> None:
-    plain = config_from_args(make_parser("").parse_args(["--recipe", "plain"]))
-    assert plain == TrainingConfig(recipe="plain", **PLAIN_RECIPE)
-    arguments = ["--recipe=plain", "--label_smoothing=0.2", "--ema_decay=on"]
-    changed = config_from_args(make_parser("").parse_args(arguments))
-    assert changed == dataclasses.replace(plain, label_smoothing=0.2, ema_decay="on")
+def test_the_constants_of_the_recipe_are_no_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"):
+        assert name in refused([f"--{name}=0.5"], capsys)
+        with pytest.raises(ConfigError, match=f"--{name} -1: must be"):
+            TrainingConfig(**{name: -1})
 
 
 def test_differences_are_said_in_words() -> None:
     ours, theirs = (TrainingConfig(seed=s).exact_settings() for s in (1, 2))
-    assert list(differences(ours, ours)) == []
-    assert list(differences(ours, theirs)) == ["seed is 1 now and was 2 then"]
-    assert list(differences({}, {"x": 1})) == ["x is None now and was 1 then"]
+    assert (differences(ours, ours)) == []
+    assert (differences(ours, theirs)) == ["seed is 1, was 2"]
+    assert (differences({}, {"x": 1})) == ["x is None, was 1"]

@@ -183,6 +183,8 @@ def split_model(model: nn.Module, model_name: str, freeze: int) -> tuple[nn.Modu
     if freeze > len(layers):
         raise ValueError(f"{model_name} has {len(layers)} layers to freeze, not {freeze}")
     frozen = nn.Sequential(*layers[:freeze]).requires_grad_(False)
+    if freeze == len(layers):  # then only pooled features matter, which are 49 times smaller
+        frozen.append(nn.AdaptiveAvgPool2d(1))
     return frozen, TrainedPart(layers[freeze:], head_linear(model, model_name))
 
 

@@ -16,11 +16,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from app.ml.predictor import FoodPredictor, Prediction
 from app.ml.preprocessing import IMAGE_EXTENSIONS, ImageError
 from training.data.loader import (
-    MOST_READERS,
-    EvalImages,
-    ImageLoader,
-    KeyBatches,
+    MAX_WORKERS,
     default_num_workers,
+    eval_loader,
     num_cores,
 )
 from training.data.sources import is_image_name, listing, visible
@@ -73,7 +71,7 @@ def reader_processes(setting: int | str, device: torch.device) -> int:
     """Without training, reading is half of the work on a CPU: "auto" gives it half of the cores."""
     if setting != "auto":
         return int(setting)
-    return max(default_num_workers(device), min(MOST_READERS, num_cores() // 2))
+    return max(default_num_workers(device), min(MAX_WORKERS, num_cores() // 2))
 
 
 def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> list[str]:
@@ -127,13 +125,15 @@ def answers(
     model: FoodPredictor, images: Sequence[str], top_k: int, device: torch.device, num_workers: int
 ) -> Generator[list[tuple[str, Prediction | str]], None, None]:
     """Each image with its prediction, or the reason why there is none; in order, by the batch."""
-    keys = KeyBatches(len(images), BATCH_SIZE)
-    dataset = EvalImages(tuple(images), model.record.preprocessing)
     # Readers work ahead of the network: for the first batch there is nothing to be ahead of.
-    loader = ImageLoader(dataset, keys, min(num_workers, len(keys) - 1), device)
+    num_workers = min(num_workers, -(-len(images) // BATCH_SIZE) - 1)
+    config = model.record.preprocessing
+    loader = eval_loader(tuple(images), config, BATCH_SIZE, num_workers, device)
     with contextlib.closing(loader):
-        for batch in loader.batches(epoch=0, view=0):
-            found: dict[int, Prediction | str] = dict(batch.problems)
+        for batch in loader:
+            found: dict[int, Prediction | str] = {
+                sample.key.image: sample.problem or "" for sample in batch.problems
+            }
             if len(batch.indices):
                 predictions = model.predict_batch(batch.images, top_k)
                 found |= zip(batch.indices.tolist(), predictions, strict=True)

@@ -1,7 +1,8 @@
 """One run on several processes (torchrun): the same batches, sums and statistics as on one.
 
 Each process takes its share of every batch. Losses are divided by the size of the whole batch,
-batch-norm sees the whole batch, and every count is summed over the processes.
+batch-norm sees the whole batch, and every count is summed over the processes. An update exchanges
+the gradients and nothing else.
 """
 
 import contextlib
@@ -18,8 +19,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.errors import TrainingError
+
 Value = TypeVar("Value")
 
+RESUME_HINT = "; --resume auto continues from the last checkpoint"
 TRAINING_TIMEOUT = timedelta(minutes=10)  # after which a process that hangs ends the run
 MAIN_TIMEOUT = timedelta(hours=3)  # the main process may download 5 GB first
 
@@ -28,7 +32,7 @@ MAIN_TIMEOUT = timedelta(hours=3)  # the main process may download 5 GB first
 class Processes:
     """Which of how many processes this is; rank 0 alone writes and reports.
 
-    patient: the same processes, which wait longer for what the main one does alone.
+    patient: a group of the same processes with a longer timeout.
     """
 
     rank: int = 0
@@ -41,12 +45,12 @@ class Processes:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over all processes."""
+        """Sum each value over all processes."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def highest(self, value: float) -> float:
-        """The highest value of all processes."""
-        return self._reduce((value,), dist.ReduceOp.MAX)[0]
+    def max(self, *values: float) -> list[float]:
+        """Take the maximum of each value over all processes."""
+        return self._reduce(values, dist.ReduceOp.MAX)
 
     def _reduce(self, values: tuple[float, ...], operation: Any) -> list[float]:
         if self.world_size == 1:
@@ -57,38 +61,55 @@ class Processes:
         return total.tolist()
 
     def from_main(self, make: Callable[[], Value]) -> Value:
-        """What make gives in the main process, in all of them."""
+        """Return, in all processes, what make() returns in the main one.
+
+        Raises:
+            Exception: in all of them, what make() raised.
+        """
         if self.world_size == 1:
             return make()
-        values: list[Any] = [make() if self.is_main else None]
+        values: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                values[0] = make()
+            except Exception as error:  # noqa: BLE001  # raised again below, by every process
+                values[1] = error
         dist.broadcast_object_list(values, src=0, group=self.patient)
+        if values[1] is not None:
+            raise values[1]
         return values[0]
 
     def merged(self, facts: dict[str, str]) -> dict[str, str]:
-        """The facts of all processes."""
+        """Merge the facts of all processes."""
         gathered = [facts] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(gathered, facts)
         return {name: fact for part in gathered for name, fact in part.items()}
 
     def leave(self) -> None:
-        """Wait for the others, then part."""
+        """Wait for the others, then leave."""
         if self.world_size > 1:
             dist.barrier()
             dist.destroy_process_group()
 
 
-def join_processes(device_type: str) -> Processes:
-    """Join the processes that torchrun started; alone where it did not."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+def join_processes(device: str) -> Processes:
+    """Join the processes that torchrun started; alone where it did not. device: as --device.
+
+    Raises:
+        TrainingError: a launcher's variables are there, but not all of them.
+    """
+    world_size = _from_environment("WORLD_SIZE", "1")
     if world_size == 1:
         return Processes()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device_type == "cuda":
+    _check_launcher(world_size)
+    local_rank = _from_environment("LOCAL_RANK", "0")
+    uses_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
+    if uses_gpu:
         torch.cuda.set_device(local_rank)
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend = "nccl" if uses_gpu else "gloo"
     store, rank, _ = next(dist.rendezvous("env://"))
-    # torchrun keeps its store when it starts killed processes again: their addresses are old then.
+    # torchrun keeps its store when it starts killed processes again: the addresses are stale.
     own = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(
         backend, store=own, rank=rank, world_size=world_size, timeout=TRAINING_TIMEOUT
@@ -97,9 +118,46 @@ def join_processes(device_type: str) -> Processes:
     return Processes(rank, world_size, local_rank, patient)
 
 
+def _from_environment(name: str, default: str) -> int:
+    text = os.environ.get(name) or default
+    if not text.isdecimal():
+        raise TrainingError(f"{name}={text} in the environment: must be a whole number; unset it")
+    return int(text)
+
+
+def _check_launcher(world_size: int) -> None:
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if not os.environ.get(name)]:
+        raise TrainingError(
+            f"WORLD_SIZE={world_size} is in the environment but {', '.join(missing)} not: start "
+            "with torchrun, or unset WORLD_SIZE to train in one process"
+        )
+
+
+@contextlib.contextmanager
+def losses_explained(hint: str = RESUME_HINT) -> Iterator[None]:
+    """Turn what torch raises, anywhere, when another process dies into a TrainingError."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = str(error).splitlines() or [""]
+        if "DataLoader" in lines[0]:
+            line = lines[-1] if lines[0].startswith("Caught") else lines[0]
+            raise TrainingError(
+                f"a process that reads images died or hangs ({line}); if memory is short, lower "
+                f"--num_workers, in Docker use --shm-size=1g{hint}"
+            ) from error
+        is_torch = type(error) is RuntimeError or type(error).__name__.startswith("Dist")
+        if is_torch and dist.is_available() and dist.is_initialized():
+            raise TrainingError(
+                f"the processes of this run lost each other ({lines[0]}){hint}"
+            ) from error
+        raise
+
+
 @contextlib.contextmanager
 def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Module]:
-    """Gives the module to call in training: gradients are averaged over the processes, and
+    """Provide the module to call in training: gradients are averaged over the processes, and
     batch-norm sees the whole batch."""
     if processes.world_size == 1:
         yield module
@@ -115,7 +173,7 @@ def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Mod
         yield shared
     finally:
         for norm in norms:
-            del norm.forward  # the class's own shows again
+            del norm.forward  # restore the class's
 
 
 def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:

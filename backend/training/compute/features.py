@@ -1,17 +1,18 @@
 """What the trained part is fed with: batches of images after augmentation and the frozen part.
 
-The frozen part never changes, so its output for the validation images is computed once and kept
-in a file; with cached views the same goes for the training images, once per view. Stored rows are
+The frozen part never changes, so its output for the validation images is computed once and kept in
+a file; with cached views the same goes for the training images, once per view. Stored features are
 computed in the order of the split and in fixed batches, so the numbers do not depend on when, or
 how often, a run was cut.
 """
 
+import errno
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,40 +20,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.model import backbone, inference_copy
+from app.ml.model import inference_copy
 from app.ml.preprocessing import PreprocessConfig, normalize
-from training.compute.devices import choose_dtype
 from training.compute.distributed import Processes
+from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
 from training.data.augmentation import color_jitter
 from training.data.cache import RESERVED_BYTES, ImageCache
-from training.data.loader import (
-    Batch,
-    EvalImages,
-    ImageLoader,
-    KeyBatches,
-    TrainImages,
-    default_num_workers,
-)
+from training.data.loader import Batch, EpochSampler, EvalImages, ImageLoader, TrainImages
 from training.data.splits import FoodData
-from training.run.state import MicroBatch
 
-MOST_VALIDATION_BYTES = 4 << 30  # of all processes together; larger files would not stay in memory
+MAX_VALIDATION_BYTES = 4 << 30  # of all processes together; larger files would not stay in memory
 
 logger = logging.getLogger(__name__)
 
 
 class FeatureBatch(NamedTuple):
-    """features: (N, C, H, W), what the frozen part gave. labels: (N,). rows: (N,) places in the
-    whole batch, of which other processes may hold the rest."""
+    """What one step of one process needs.
+
+    features: (N, C, H, W), the output of the frozen part. labels: (N,). positions: (N,) in the
+    whole batch, of which other processes may hold the rest. num_images: in the whole batch, whether
+    or not they could be read.
+    """
 
     features: Tensor
     labels: Tensor
-    rows: Tensor
+    positions: Tensor
+    num_images: int
 
 
 class FrozenPart:
-    """From pixels to features, without gradients, in the format the device is fastest in."""
+    """From pixels to features, without gradients, in the format the device is fastest in.
+
+    module: the frozen layers; what runs is an inference copy of them.
+    """
 
     def __init__(
         self,
@@ -62,85 +63,96 @@ class FrozenPart:
         dtype: torch.dtype,
         micro_batch: MicroBatch,
     ) -> None:
-        self.module, self.config, self.device, self.dtype = module, config, device, dtype
+        self.module = inference_copy(module, device, dtype)
+        self.config, self.device, self.dtype = config, device, dtype
         self.micro_batch = micro_batch
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
         return self.micro_batch.map(lambda part: self._features(batch, part), len(batch.images))
 
+    def output(self) -> tuple[torch.Size, torch.dtype]:
+        """Return the shape (C, H, W) and the dtype of one image's features."""
+        crop, none = self.config.crop, torch.zeros(1, dtype=torch.int64)
+        probe = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
+        features = self(Batch(probe, None, none, none, []))
+        return features.shape[1:], features.dtype
+
     def _features(self, batch: Batch, part: slice) -> Tensor:
         images = batch.images[part].to(self.device, non_blocking=True)
         if batch.color is None:
             pixels = normalize(images, self.config)
         else:
-            pixels = color_jitter(images, batch.color[part].to(self.device), self.config)
+            draws = batch.color[part].to(self.device, non_blocking=True)
+            pixels = color_jitter(images, draws, self.config)
         pixels = pixels.to(dtype=self.dtype, memory_format=torch.channels_last)
         return self.module(pixels)
 
 
 class FeatureSource:
-    """Feeds one split to the trained part, pass after pass.
+    """Feed one split to the trained part, epoch after epoch.
 
-    num_views: 0 computes the features anew in each pass, which is then a view of its own;
-    K keeps those of K views in `store_path` and shows view (epoch mod K), unless they take more
-    than most_bytes.
+    order: which images make up each batch. store: keeps the features of as many views as it has;
+    without one they are recomputed every epoch, which then is a view of its own. The loader of a
+    stored split reads it in its own order, once per view.
     """
 
     def __init__(
         self,
         loader: ImageLoader,
+        order: EpochSampler,
         labels: np.ndarray,
         frozen: FrozenPart,
-        num_views: int,
-        store_path: Path,
-        processes: Processes,
-        most_bytes: float = math.inf,
+        store: "FeatureStore | None" = None,
     ) -> None:
-        self.processes, self.most_bytes = processes, most_bytes
-        self.loader, self.frozen, self.num_views = loader, frozen, num_views
+        self.loader, self.order, self.frozen, self.store = loader, order, frozen, store
         self.labels = torch.from_numpy(labels)
-        self.store_path = store_path
-        self.store: FeatureStore | None = None
-        self.can_store = num_views > 0
         self.seconds_waiting = 0.0  # for pixels, since the start
 
     def __len__(self) -> int:
-        """Batches in a pass."""
-        return len(self.loader.keys)
+        """Return the batches of an epoch."""
+        return len(self.order)
 
-    def batches(
-        self, epoch: int, start: int = 0, shuffle_seed: int | None = None
+    def epoch(
+        self, epoch: int, start: int = 0, on_batch: Callable[[], object] = lambda: None
     ) -> Iterator[FeatureBatch]:
-        """The batches of a pass from number `start` on; without a shuffle_seed, in split order."""
-        for _ in self.prepare(epoch, shuffle_seed):
-            pass
-        if self.store:
-            yield from self._from_store(self.store, epoch, start, shuffle_seed)
-            return
-        passes = self.loader.batches(epoch, self._view(epoch), start, shuffle_seed)
-        for batch in self._timed(passes):
-            yield FeatureBatch(self.frozen(batch), self.labels[batch.indices], batch.rows)
+        """Iterate over the batches of an epoch from number `start` on.
 
-    def prepare(self, epoch: int, shuffle_seed: int | None = None) -> Iterator[None]:
-        """Compute what is kept for this pass where it is not there yet, one batch at a time."""
-        if self.can_store and self.store is None:
-            self._open_store()
-            if self.processes.highest(float(not self.can_store)):  # all have one or none has
-                self._drop_store()
-                self.can_store = False
-        view = self._view(epoch)
-        if self.store is None or self.store.is_filled(view):
+        on_batch: called after each batch that is computed ahead for the store.
+        """
+        if self.store is None:
+            self.order.set_epoch(epoch, start)
+            for number, batch in enumerate(self._timed(self.loader), start):
+                features = self.frozen(batch)
+                yield self._feature_batch(features, batch.indices, batch.positions, number)
             return
-        # Shuffling deals the images of a batch out anew, so that each process needs all of them.
-        whole = shuffle_seed is not None
-        for batch in self._timed(self.loader.batches(view, view, whole=whole)):
-            self.store.put(view, batch.indices, self.frozen(batch))
-            yield
-        self.store.set_filled(view)
+        view = epoch % self.store.num_views
+        if not self.store.is_filled(view):
+            self._fill(self.store, view, on_batch)
+        self.order.set_epoch(epoch, start)
+        for number, keys in enumerate(self.order, start):
+            indices = np.array([key.image for key in keys], dtype=np.int64)
+            positions = torch.tensor([key.position for key in keys], dtype=torch.int64)
+            features, present = self.store.read(view, indices)
+            features = features.to(self.frozen.device, non_blocking=True)
+            readable = torch.from_numpy(present)
+            yield self._feature_batch(
+                features, torch.from_numpy(indices)[readable], positions[readable], number
+            )
 
-    def _view(self, epoch: int) -> int:
-        return epoch % self.num_views if self.num_views else epoch
+    def _feature_batch(
+        self, features: Tensor, indices: Tensor, positions: Tensor, number: int
+    ) -> FeatureBatch:
+        num_images = self.order.images_in(number)
+        return FeatureBatch(features, self.labels[indices], positions, num_images)
+
+    def _fill(self, store: "FeatureStore", view: int, on_batch: Callable[[], object]) -> None:
+        """Compute the features of a view."""
+        self.loader.sampler.set_epoch(view)
+        for batch in self._timed(self.loader):
+            store.put(view, batch.indices, self.frozen(batch))
+            on_batch()
+        store.set_filled(view)
 
     def _timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         iterator = iter(batches)
@@ -152,56 +164,18 @@ class FeatureSource:
                 return
             yield batch
 
-    def _open_store(self) -> None:
-        device, config = self.frozen.device, self.frozen.config
-        probe = torch.zeros(1, 3, config.crop, config.crop, dtype=torch.uint8, device=device)
-        empty = torch.zeros(1, dtype=torch.int64)
-        features = self.frozen(Batch(probe, None, empty, empty, []))
-        num_bytes = self.num_views * len(self.labels) * features.nbytes
-        try:
-            if num_bytes > self.most_bytes:
-                raise OSError(
-                    f"{num_bytes / 1e9:.1f} GB of them are more than {self.most_bytes / 1e9:.1f}; "
-                    "more --freeze_layers make them smaller"
-                )
-            self.store = FeatureStore(
-                self.store_path,
-                self.num_views,
-                len(self.labels),
-                features.shape[1:],
-                features.dtype,
-            )
-        except (OSError, RuntimeError) as error:  # torch's words for what cannot be mapped
-            logger.warning("features are computed anew in each epoch: %s", error)
-            self.can_store = False
-
-    def _from_store(
-        self, store: "FeatureStore", epoch: int, start: int, shuffle_seed: int | None
-    ) -> Iterator[FeatureBatch]:
-        for keys in self.loader.keys.batches(epoch, epoch, start, shuffle_seed):
-            indices = np.array([key.image for key in keys], dtype=np.int64)
-            rows = torch.tensor([key.row for key in keys], dtype=torch.int64)
-            features, present = store.read(self._view(epoch), indices)
-            there = torch.from_numpy(present)
-            features = features.to(self.frozen.device, non_blocking=True)
-            yield FeatureBatch(features, self.labels[indices[present]], rows[there])
-
     def close(self) -> None:
-        """Give back disk space and processes."""
-        self._drop_store()
+        """Free disk space and processes."""
         self.loader.close()
-
-    def _drop_store(self) -> None:
         if self.store:
             self.store.close()
-            self.store = None
 
 
 class FeatureStore:
     """Features of num_images images in num_views views, in a file that is mapped into memory.
 
-    Its name is removed at once (but on Windows, where that cannot be done to a file in use), so
-    that even a killed process gives the disk space back.
+    Its name is removed at once (except on Windows, where a file in use keeps its name), so that
+    even a killed process frees the disk space.
     """
 
     def __init__(
@@ -212,10 +186,10 @@ class FeatureStore:
         Raises:
             OSError, RuntimeError: the disk has no room for it, or it cannot be written or mapped.
         """
-        self.path = path
+        self.path, self.num_views = path, num_views
         numel = num_views * num_images * shape.numel()
         try:
-            _reserve(path, numel * dtype.itemsize)
+            reserve(path, numel * dtype.itemsize)
             values = torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
         finally:
             if os.name != "nt":
@@ -237,73 +211,118 @@ class FeatureStore:
         self._filled[view] = True
 
     def read(self, view: int, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Features (M, *shape) of those of the (N,) images that are there, and which ones: (N,)."""
+        """Return the features (M, *shape) of the images that are there, and which are: (N,)."""
         present = self._present[view, indices]
         return self._features[view, torch.from_numpy(indices[present])], present
 
     def close(self) -> None:
-        """Give the disk space back."""
-        del self._features
+        """Free the disk space."""
+        self._features = torch.empty(0)
         self.path.unlink(missing_ok=True)
 
 
-def _reserve(path: Path, num_bytes: int) -> None:
-    """Make a file of this size whose blocks exist: a hole would crash the process when full."""
+def reserve(path: Path, num_bytes: int) -> None:
+    """Make a file of this size whose blocks exist: a hole would crash the process when full.
+
+    Raises:
+        OSError: there is no room for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < num_bytes + RESERVED_BYTES:
         raise OSError(f"{num_bytes / 1e9:.1f} GB of features do not fit on the disk of {path}")
     with path.open("wb") as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            return
-        for _ in range(0, num_bytes, 1 << 20):
-            file.write(bytes(1 << 20))
-        file.truncate(num_bytes)
+        if not _allocate(file.fileno(), num_bytes):
+            for _ in range(0, num_bytes, 1 << 20):
+                file.write(bytes(1 << 20))
+            file.truncate(num_bytes)
+
+
+def _allocate(descriptor: int, num_bytes: int) -> bool:
+    """Allocate a file's blocks; False where the system or the disk cannot (macOS, some shares)."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise
+    return True
 
 
 def feature_sources(
     config: TrainingConfig,
     data: FoodData,
-    frozen: nn.Module,
+    frozen: FrozenPart,
     run_dir: Path,
-    device: torch.device,
     processes: Processes,
-    micro_batch: MicroBatch,
+    skipped: dict[str, str],
 ) -> tuple[FeatureSource, FeatureSource]:
-    """What training and validation are fed from."""
-    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
-    dtype = choose_dtype(config.precision, device)
-    if (
-        config.freeze_layers == "all"
-    ):  # then only the pooled features matter, which are 49 times smaller
-        frozen = nn.Sequential(frozen, nn.AdaptiveAvgPool2d(1))
-    network = inference_copy(frozen, device, dtype)
-    part = FrozenPart(network, preprocessing, device, dtype, micro_batch)
-    workers = config.num_workers
-    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
+    """Build what training and validation are fed from; skipped collects unreadable images."""
+    crop, device = frozen.config.crop, frozen.device
+    share = {"rank": processes.rank, "world_size": processes.world_size}
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    share = (config.batch_size, processes.rank, processes.world_size)
-    train_images = TrainImages(
-        data.train.paths,
-        ImageCache(cache),
-        config.seed,
-        preprocessing.crop,
-        config.smallest_crop,
+    num_train, num_val, batch_size = len(data.train), len(data.val), config.batch_size
+
+    train_store = open_store(
+        run_dir / f"train-features-{processes.rank}.bin",
+        (config.cache_views, num_train),
+        frozen,
+        processes,
+    )
+    train_order = EpochSampler(num_train, batch_size, seed=config.seed, **share)
+    # Shuffling deals the images of a batch out anew, so that each process stores all of them.
+    reading = EpochSampler(num_train, batch_size) if train_store else train_order
+    images = TrainImages(
+        data.train.paths, ImageCache(cache), config.seed, crop, config.min_crop_scale
     )
     train_loader = ImageLoader(
-        train_images,
-        KeyBatches(len(data.train), *share),
-        num_workers,
-        device,
-        workers_stay=not config.cache_views,
+        images, reading, int(config.num_workers), device, skipped, workers_stay=not train_store
     )
-    val_images = EvalImages(data.val.paths, preprocessing)
-    val_loader = ImageLoader(val_images, KeyBatches(len(data.val), *share), num_workers, device)
-    train_store = run_dir / f"train-features-{processes.rank}.bin"
-    val_store = run_dir / f"val-features-{processes.rank}.bin"
-    train = FeatureSource(
-        train_loader, data.train.labels, part, config.cache_views, train_store, processes
+    val_store = open_store(
+        run_dir / f"val-features-{processes.rank}.bin",
+        (1, num_val),
+        frozen,
+        processes,
+        max_bytes=MAX_VALIDATION_BYTES / processes.world_size,
     )
-    most_bytes = MOST_VALIDATION_BYTES / processes.world_size
-    val = FeatureSource(val_loader, data.val.labels, part, 1, val_store, processes, most_bytes)
-    return train, val
+    val_order = EpochSampler(num_val, batch_size, **share)
+    val_images = EvalImages(data.val.paths, frozen.config)
+    val_loader = ImageLoader(val_images, val_order, int(config.num_workers), device, skipped)
+    return (
+        FeatureSource(train_loader, train_order, data.train.labels, frozen, train_store),
+        FeatureSource(val_loader, val_order, data.val.labels, frozen, val_store),
+    )
+
+
+def open_store(
+    path: Path,
+    views_and_images: tuple[int, int],
+    frozen: FrozenPart,
+    processes: Processes,
+    max_bytes: float = math.inf,
+) -> "FeatureStore | None":
+    """Reserve room for features; None, with a line that says why, where there is none.
+
+    All processes have a store, or none has.
+    """
+    num_views, num_images = views_and_images
+    if not num_views:
+        return None
+    store = None
+    try:
+        shape, dtype = frozen.output()
+        num_bytes = num_views * num_images * shape.numel() * dtype.itemsize
+        if num_bytes > max_bytes:
+            raise OSError(
+                f"{num_bytes / 1e9:.1f} GB of them are more than {max_bytes / 1e9:.1f}; freezing "
+                "more layers makes them smaller"
+            )
+        store = FeatureStore(path, num_views, num_images, shape, dtype)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError where mmap fails
+        logger.warning("features are recomputed every epoch: %s", error)
+    if processes.max(float(store is None)) == [0.0]:
+        return store
+    if store:
+        store.close()
+    return None

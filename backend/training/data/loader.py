@@ -1,50 +1,61 @@
 """Batches of pixels, in an order and with augmentations that follow from numbers alone.
 
-The order of an epoch comes from (seed, epoch), an image's augmentation from (seed, view, image).
-So an epoch can be taken up at any batch, with any number of workers, and goes on as it would have.
-An image that cannot be read is left out of its batch and named; it never stops a run.
+The order of an epoch comes from (seed, epoch), an image's augmentation from (seed, view, image). So
+an epoch can be resumed at any batch, with any number of workers, and continues as it would have.
+An image that cannot be read is skipped and named; a disk that has gone ends the run.
 """
 
+import errno
 import functools
 import logging
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
+from app.ml.machine import free_shared_memory, num_cores
 from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, load_image
 from training.data.augmentation import augment
 from training.data.cache import ImageCache
+from training.errors import DataError
 
-MOST_READERS = 8
-# Python 3.14 would take a fork server, which outlives a trainer that is killed, as do its workers.
+MAX_WORKERS = 8
+PREFETCH = 2  # batches that each worker reads ahead
+WORKER_TIMEOUT = 300  # seconds without a batch after which a worker counts as hanging
+OUTAGE_SECONDS = 30  # how long a disk that has gone is waited for
+OUTAGE_ERRORS = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO}
+OUTAGE_ERRORS |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ECONNABORTED}
+# Python 3.14 defaults to a fork server, which outlives a trainer that is killed, as do its workers.
 START_METHOD = "fork" if sys.platform == "linux" else None
 
 logger = logging.getLogger(__name__)
 
 
-class Key(NamedTuple):
-    """Which image, in which view (an epoch number, usually), at which row of the whole batch."""
+class SampleKey(NamedTuple):
+    """Which image, in which view (usually an epoch), at which position of the whole batch."""
 
     image: int
     view: int
-    row: int
+    position: int
 
 
-class Item(NamedTuple):
-    """One image: pixels uint8 (3, crop, crop), or why there are none."""
+class Sample(NamedTuple):
+    """One image: uint8 (3, crop, crop), or the reason why it could not be read."""
 
-    key: Key
-    pixels: Tensor | None
-    color: Tensor | None
-    problem: str | None
+    key: SampleKey
+    pixels: Tensor | None = None
+    color: Tensor | None = None
+    problem: str | None = None
+    is_outage: bool = False  # the disk failed, not this image
 
 
 @dataclass
@@ -52,14 +63,14 @@ class Batch:
     """The images of a batch that could be read.
 
     images: uint8 (N, 3, crop, crop). color: (N, 4) draws, or None where nothing is augmented.
-    indices: (N,) into the split. rows: (N,) places in the whole batch. problems: (index, reason).
+    indices: (N,) into the split. positions: (N,) in the whole batch. problems: those not read.
     """
 
     images: Tensor
     color: Tensor | None
     indices: Tensor
-    rows: Tensor
-    problems: list[tuple[int, str]]
+    positions: Tensor
+    problems: list[Sample]
 
     def pin_memory(self) -> "Batch":
         """Called by the DataLoader when it feeds a CUDA device."""
@@ -67,185 +78,276 @@ class Batch:
         return self
 
 
-class TrainImages(Dataset[Item]):
+class Images(Dataset[Sample]):
+    """A split whose images are read one batch at a time; subclasses say how."""
+
+    def __init__(self, paths: tuple[str, ...], crop: int) -> None:
+        self.paths, self.crop = paths, crop
+        self.root = Path(paths[0]).parent.parent if paths else Path()  # of its class folders
+        self._had_root = self.root.exists()
+
+    def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
+        """Called by the DataLoader for each batch."""
+        patience = Patience()
+        return [self._sample(key, patience) for key in keys]
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        return self._sample(key, Patience())
+
+    def _sample(self, key: SampleKey, patience: "Patience") -> Sample:
+        path = self.paths[key.image]
+        while True:
+            try:
+                return self._read(key, path)
+            except ImageError as error:
+                return Sample(key, problem=str(error))
+            except OSError as error:
+                is_outage = self._is_outage(error)
+                if not is_outage or patience.is_over():
+                    return Sample(key, problem=str(error), is_outage=is_outage)
+
+    def _is_outage(self, error: OSError) -> bool:
+        """Tell a disk that has gone from a file or a class folder that has been removed."""
+        if error.errno != errno.ENOENT:
+            return error.errno in OUTAGE_ERRORS
+        try:
+            return self._had_root and not any(self.root.iterdir())
+        except OSError:
+            return True
+
+    def _read(self, key: SampleKey, path: str) -> Sample:
+        raise NotImplementedError
+
+
+class TrainImages(Images):
     """Augmented pixels of the training split, read through the cache."""
 
     def __init__(
-        self,
-        paths: tuple[str, ...],
-        cache: ImageCache,
-        seed: int,
-        crop: int,
-        smallest_crop: float,
+        self, paths: tuple[str, ...], cache: ImageCache, seed: int, crop: int, min_crop_scale: float
     ) -> None:
-        self.paths, self.cache, self.seed = paths, cache, seed
-        self.crop, self.smallest_crop = crop, smallest_crop
+        super().__init__(paths, crop)
+        self.cache, self.seed, self.min_crop_scale = cache, seed, min_crop_scale
 
-    def __getitem__(self, key: Key) -> Item:
-        try:
-            image = self.cache.load(self.paths[key.image])
-        except (ImageError, OSError) as error:
-            return Item(key, None, None, str(error))
+    def _read(self, key: SampleKey, path: str) -> Sample:
         pixels, color = augment(
-            image,
-            self.crop,
-            self.smallest_crop,
+            self.cache.load(path),
+            crop=self.crop,
+            min_scale=self.min_crop_scale,
             seed=self.seed,
             view=key.view,
             index=key.image,
         )
-        return Item(key, pixels, color, None)
+        return Sample(key, pixels, color)
 
 
-class EvalImages(Dataset[Item]):
+class EvalImages(Images):
     """Pixels exactly as serving sees them; neither cached copies nor augmentation."""
 
     def __init__(self, paths: tuple[str, ...], config: PreprocessConfig) -> None:
-        self.paths, self.crop, self.transform = paths, config.crop, EvalTransform(config)
+        super().__init__(paths, config.crop)
+        self.transform = EvalTransform(config)
 
-    def __getitem__(self, key: Key) -> Item:
-        try:
-            pixels = self.transform(load_image(self.paths[key.image]))
-        except (ImageError, OSError) as error:
-            return Item(key, None, None, str(error))
-        return Item(key, pixels, None, None)
+    def _read(self, key: SampleKey, path: str) -> Sample:
+        return Sample(key, self.transform(load_image(path)))
 
 
-class KeyBatches:
-    """Which images make up each batch of a pass; a process takes its share, rank of world_size.
+class Patience:
+    """Wait for a disk that has gone, for `OUTAGE_SECONDS` in all.
 
-    A DataLoader iterates it for the pass that was asked for last.
+    A network share that is away for a moment must not cost the images behind it.
+    """
+
+    def __init__(self) -> None:
+        self._until: float | None = None
+
+    def is_over(self) -> bool:
+        """Wait a little; True once there is no point in waiting any longer."""
+        if self._until is None:
+            self._until = time.monotonic() + OUTAGE_SECONDS
+        if time.monotonic() >= self._until:
+            return True
+        time.sleep(0.5)
+        return False
+
+
+class EpochSampler(Sampler[list[SampleKey]]):
+    """Which images make up each batch of an epoch; a process takes its share, rank of world_size.
+
+    seed: shuffles by (seed, epoch); None keeps the order of the split.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self.num_images, self.batch_size = num_images, batch_size
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.next_pass: Iterator[list[Key]] = iter(())
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0, view: int | None = None) -> None:
+        """Choose the next epoch to iterate, from batch `start` on; view: the epoch by default."""
+        self.epoch, self.start = epoch, start
+        self.view = epoch if view is None else view
 
     def __len__(self) -> int:
+        """Return the batches of a whole epoch."""
         return -(-self.num_images // self.batch_size)
 
-    def batches(
-        self, epoch: int, view: int, start: int, shuffle_seed: int | None, *, whole: bool = False
-    ) -> Iterator[list[Key]]:
-        """From batch `start` on; without a shuffle_seed, in the order of the split.
-
-        whole: every process takes all of each batch.
-        """
+    def __iter__(self) -> Iterator[list[SampleKey]]:
         order = np.arange(self.num_images)
-        if shuffle_seed is not None:
-            order = np.random.default_rng((shuffle_seed, epoch)).permutation(self.num_images)
-        for batch in range(start, len(self)):
-            images = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            rows = np.arange(len(images))
-            if not whole:
-                rows = np.array_split(rows, self.world_size)[self.rank]
-            yield [Key(int(images[row]), view, int(row)) for row in rows]
+        if self.seed is not None:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_images)
+        for batch in range(self.start, len(self)):
+            images = order[batch * self.batch_size :][: self.batch_size]
+            positions = np.array_split(np.arange(len(images)), self.world_size)[self.rank]
+            yield [SampleKey(int(images[p]), self.view, int(p)) for p in positions]
 
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self.next_pass
+    def images_in(self, batch: int) -> int:
+        """Return how many images the whole batch has, over all processes."""
+        return min(self.batch_size, self.num_images - batch * self.batch_size)
 
 
-def collate(items: list[Item], crop: int) -> Batch:
+def collate(samples: list[Sample], crop: int) -> Batch:
     """Stack what could be read, in order; there may be nothing."""
-    read = [item for item in items if item.pixels is not None]
-    pixels = [item.pixels for item in read if item.pixels is not None]
-    colors = [item.color for item in read if item.color is not None]
+    read = [sample for sample in samples if sample.pixels is not None]
+    pixels = [sample.pixels for sample in read if sample.pixels is not None]
+    colors = [sample.color for sample in read if sample.color is not None]
     return Batch(
         images=torch.stack(pixels) if read else torch.empty(0, 3, crop, crop, dtype=torch.uint8),
         color=torch.stack(colors) if colors else None,
-        indices=torch.tensor([item.key.image for item in read], dtype=torch.int64),
-        rows=torch.tensor([item.key.row for item in read], dtype=torch.int64),
-        problems=[(item.key.image, item.problem) for item in items if item.problem is not None],
+        indices=torch.tensor([sample.key.image for sample in read], dtype=torch.int64),
+        positions=torch.tensor([sample.key.position for sample in read], dtype=torch.int64),
+        problems=[sample for sample in samples if sample.problem is not None],
     )
 
 
 class ImageLoader:
-    """Reads one split, pass after pass, with worker processes.
+    """Iterate over the batches of one split with worker processes, in the sampler's order.
 
-    workers_stay: they stay alive between passes, which is worth it where there are many.
+    skipped: collects path -> reason, of all epochs. workers_stay: they stay alive between epochs,
+    which is worth it where there are many.
     """
 
     def __init__(
         self,
         dataset: TrainImages | EvalImages,
-        keys: KeyBatches,
+        sampler: EpochSampler,
         num_workers: int,
         device: torch.device,
+        skipped: dict[str, str] | None = None,
         *,
         workers_stay: bool = False,
     ) -> None:
-        self.paths, self.keys, self.num_workers = dataset.paths, keys, num_workers
-        self.left_out: dict[str, str] = {}  # path -> reason, of all passes
-        self._pass: Generator[Batch, None, None] | None = None
-        self._loader: DataLoader[Item] | None = DataLoader(
+        num_workers = fitting_workers(num_workers, sampler.batch_size, dataset.crop)
+        self.paths, self.sampler, self.num_workers = dataset.paths, sampler, num_workers
+        self.skipped = {} if skipped is None else skipped
+        self._batches: Iterator[Batch] | None = None
+        self._loader: DataLoader[Sample] | None = DataLoader(
             dataset,
-            batch_sampler=keys,
+            batch_sampler=sampler,
             num_workers=num_workers,
             collate_fn=functools.partial(collate, crop=dataset.crop),
             pin_memory=device.type == "cuda",
+            timeout=WORKER_TIMEOUT if num_workers else 0,
+            prefetch_factor=PREFETCH if num_workers else None,
             persistent_workers=workers_stay and num_workers > 0,
             multiprocessing_context=START_METHOD if num_workers else None,
             worker_init_fn=_leave_signals_to_the_main_process,
         )
 
-    def batches(
-        self,
-        epoch: int,
-        view: int,
-        start: int = 0,
-        shuffle_seed: int | None = None,
-        *,
-        whole: bool = False,
-    ) -> Iterator[Batch]:
-        """One pass; every unreadable image is named in the log the first time it is met."""
-        keys = self.keys.batches(epoch, view, start, shuffle_seed, whole=whole)
-        self._pass = self._read(keys)
-        return self._pass
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Read an epoch; each unreadable image is logged the first time it is met.
+
+        Raises:
+            DataError: the disk has gone.
+        """
+        self._batches = self._read()
+        return self._batches
+
+    def _read(self) -> Iterator[Batch]:
+        assert self._loader, "closed"
+        for batch in self._loader:
+            for sample in batch.problems:
+                self._skip(self.paths[sample.key.image], sample)
+            yield batch
+
+    def _skip(self, path: str, sample: Sample) -> None:
+        if sample.is_outage:
+            raise DataError(
+                f"the images can no longer be read, for {OUTAGE_SECONDS} s now "
+                f"({sample.problem}); check the disk that holds them"
+            )
+        if path not in self.skipped:
+            self.skipped[path] = sample.problem or ""
+            logger.warning("skipped %s: %s", path, sample.problem)
 
     def close(self) -> None:
-        """End the worker processes, in the middle of a pass too.
+        """End the worker processes, in the middle of an epoch too.
 
         An error's traceback would keep them alive otherwise: as they ignore SIGTERM, the process
         would wait for them at its end, and never end.
         """
-        if self._pass:
-            self._pass.close()
+        if self._batches:
+            self._batches.close()  # type: ignore[attr-defined]  # a generator
         self._loader = None
 
-    def _read(self, keys: Iterator[list[Key]]) -> Generator[Batch, None, None]:
-        assert self._loader, "closed"
-        self.keys.next_pass = keys
-        for batch in self._loader:
-            for index, reason in batch.problems:
-                self._leave_out(self.paths[index], reason)
-            yield batch
 
-    def _leave_out(self, path: str, reason: str) -> None:
-        if path not in self.left_out:
-            self.left_out[path] = reason
-            logger.warning("left out %s: %s", path, reason)
+def eval_loader(
+    paths: tuple[str, ...],
+    config: PreprocessConfig,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+) -> ImageLoader:
+    """Read images exactly as serving sees them, in their order."""
+    sampler = EpochSampler(len(paths), batch_size)
+    return ImageLoader(EvalImages(paths, config), sampler, num_workers, device)
+
+
+def fitting_workers(num_workers: int, batch_size: int, crop: int) -> int:
+    """Lower the number of workers to what their batches in shared memory leave room for.
+
+    A worker that finds /dev/shm full (Docker gives it 64 MB) loses its batch, and the trainer would
+    wait for that batch forever.
+    """
+    free = free_shared_memory()
+    if free is None or not num_workers:
+        return num_workers
+    bytes_each = (PREFETCH + 1) * batch_size * 3 * crop * crop
+    fitting = min(num_workers, int(0.9 * free) // bytes_each)
+    if fitting < num_workers:
+        logger.warning(
+            "shared memory has room for %d of %d image workers (/dev/shm: %d MB free); for more: "
+            "docker run --shm-size=1g",
+            fitting,
+            num_workers,
+            free >> 20,
+        )
+    return fitting
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:  # noqa: ARG001
     """Ctrl-C and SIGTERM reach the whole process group; only the trainer acts on them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def default_num_workers(device: torch.device) -> int:
-    """Worker processes of one trainer: beside a GPU its share of the cores, eight at most (each
-    takes about 1 ms an image); where the cores compute, one, which leaves the loop no images to
-    wait for and takes 4 % of two cores."""
+    """Choose the number of worker processes of one trainer.
+
+    Beside a GPU its share of the cores, eight at most (each takes about 1 ms an image); where the
+    cores compute, one, which leaves nothing to wait for and takes 4% of two cores.
+    """
     cores = num_cores()
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by torchrun
-    share = min(MOST_READERS, max(1, cores // trainers))
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # set by torchrun
+    share = min(MAX_WORKERS, max(1, cores // trainers))
     return share if device.type == "cuda" else min(1, cores - 1)
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    may_ask = hasattr(os, "sched_getaffinity")
-    return len(os.sched_getaffinity(0)) if may_ask else os.cpu_count() or 1

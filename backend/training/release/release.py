@@ -32,7 +32,7 @@ from app.ml.model import backbone
 from app.ml.predictor import TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
-from training.data.loader import EvalImages, ImageLoader, KeyBatches
+from training.data.loader import eval_loader
 from training.data.splits import FoodData, Split
 from training.release.calibration import class_centroids, fit_decision, verdict_shares
 from training.release.export import FORMATS, check_logits
@@ -283,11 +283,10 @@ def predict_split(
     Raises:
         SaveError: none of the images can be read.
     """
-    keys = KeyBatches(len(split), EVAL_BATCH_SIZE)
-    loader = ImageLoader(EvalImages(split.paths, config), keys, num_workers, device)
+    loader = eval_loader(split.paths, config, EVAL_BATCH_SIZE, num_workers, device)
     indices, logits, pooled = [], [], []
     with contextlib.closing(loader):
-        for batch in loader.batches(epoch=0, view=0):
+        for batch in loader:
             if len(batch.indices):
                 indices.append(batch.indices)
                 outputs = network(normalize(batch.images, config))
@@ -303,7 +302,7 @@ def predict_split(
         labels=split.labels[order],
         logits=torch.cat(logits).numpy(),
         pooled=torch.cat(pooled),
-        skipped=loader.left_out,
+        skipped=loader.skipped,
     )
 
 
@@ -315,9 +314,8 @@ def some_of_each(split: Split) -> Split:
 
 
 def _read(paths: tuple[str, ...], config: PreprocessConfig) -> Tensor:
-    keys = KeyBatches(len(paths), len(paths))
-    loader = ImageLoader(EvalImages(paths, config), keys, 0, torch.device("cpu"))
-    return next(iter(loader.batches(epoch=0, view=0))).images
+    loader = eval_loader(paths, config, len(paths), 0, torch.device("cpu"))
+    return next(iter(loader)).images
 
 
 def library_versions() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Checkpoints that survive anything: written whole or not at all, checked before they are used.
 
-A checkpoint is `checkpoint-NNNNNN.pt` and, written after it, `checkpoint-NNNNNN.json` with its
-size and SHA-256. The two newest of a run that verify are kept. A file that does not verify is
-named and passed over; it goes when two newer ones verify, as any other does.
+A checkpoint is `checkpoint-NNNNNN.pt` and, written after it, `checkpoint-NNNNNN.json` with its size
+and SHA-256. The two newest of a run that verify are kept. A file that does not verify is named and
+skipped; it is removed once two newer ones verify, like any other.
 """
 
 import contextlib
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from app.ml.artifacts import state_bytes, write_durably
+from app.ml.artifacts import state_bytes
+from app.ml.durable import write_durably
 from training.errors import CheckpointError
 
 KEEP = 2
-FORMAT_VERSION = 2  # 2: precision, weights_sha256
+FORMAT_VERSION = 3  # 3: the lists of images are in images.json
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> Path:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint and check it.
+    """Read and check one checkpoint.
 
     Raises:
         CheckpointError: missing, incomplete, damaged or of another format.
@@ -68,7 +69,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     state = torch.load(io.BytesIO(_read_verified(path)), map_location="cpu", weights_only=True)
     if state.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {state.get('format_version')}, not {FORMAT_VERSION}"
+            f"{path} was written by another version of this program (format "
+            f"{state.get('format_version')}, this one reads {FORMAT_VERSION}); finish the run with "
+            "that version, or start a new one"
         )
     return Checkpoint(path, state)
 
@@ -88,12 +91,12 @@ def _read_verified(path: Path) -> bytes:
 
 
 def newest_checkpoint(
-    run_dirs: Iterable[Path], usable: Callable[[dict[str, Any]], str | None]
+    run_dirs: Iterable[Path], usable: Callable[[Path, dict[str, Any]], str | None]
 ) -> Checkpoint | None:
-    """The newest checkpoint that verifies and can be used, from the newest of these runs that has
-    one; each one passed over is named with the reason.
+    """Find the newest checkpoint that verifies and can be used, in the first of these runs that has
+    one; each one skipped is named with the reason.
 
-    usable: state -> None, or the reason why not.
+    usable: (run folder, state) -> None, or the reason why not.
     """
     for run_dir in run_dirs:
         for number in sorted(_numbers(run_dir), reverse=True):
@@ -101,16 +104,16 @@ def newest_checkpoint(
             try:
                 checkpoint = load_checkpoint(path)
             except CheckpointError as error:
-                logger.warning("passed over: %s", error)
+                logger.warning("skipped: %s", error)
                 continue
-            if (reason := usable(checkpoint.state)) is None:
+            if (reason := usable(run_dir, checkpoint.state)) is None:
                 return checkpoint
-            logger.warning("passed over %s: %s", path, reason)
+            logger.warning("skipped %s: %s", path, reason)
     return None
 
 
 def run_folders(checkpoint_dir: Path) -> list[Path]:
-    """The folders that hold checkpoints, the one written to last first."""
+    """List the folders that hold checkpoints, the one written to last first."""
     folders = {path.parent for path in checkpoint_dir.glob("*/checkpoint-*.pt")}
     return sorted(folders, key=_last_written, reverse=True)
 

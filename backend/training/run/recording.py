@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from app.ml.artifacts import ModelRecord, released_files
-from training.compute.devices import choose_dtype, system_facts
+from training.compute.devices import system_facts
 from training.compute.distributed import Processes
 from training.config import TrainingConfig
 from training.run.checkpoints import Checkpoint
 from training.run.record import MlflowMirror, RunRecord
-from training.run.resume import Interrupted
+from training.run.signals import Interrupted
 from training.run.state import Run
 
 REGISTERED_NAME = "nutrilearn-food"  # the model's name in MLflow's registry
@@ -55,7 +55,7 @@ def recorded(
     config = run.config
     mirrored = processes.is_main and not config.no_mlflow
     record = RunRecord(run_dir if processes.is_main else None)
-    system = system_facts(device, choose_dtype(config.precision, device))
+    system = system_facts(device, config.precision)
     logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
     record.start(
         run_name=run.name,

@@ -3,31 +3,30 @@
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
 import math
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from app.ml.model import TrainedPart
-from training.compute.devices import DTYPES, choose_dtype
+from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
-from training.data.splits import FoodData, Split
-from training.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Progress:
-    """Where a run stands: epochs done, batches done in the next one, and its sums so far."""
+    """Where a run stands: epochs done, batches done in the next one, and its sums so far.
+
+    The sums of the latest steps wait on the device in `pending` until somebody reads them: reading
+    makes the host wait for the device, which a step must not do.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -36,22 +35,48 @@ class Progress:
     count: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    pending: list[Tensor] = field(default_factory=list)
 
-    def add(self, loss_sum: float, correct: float, count: float, seconds: float) -> None:
+    def add(self, step: Tensor, seconds: float) -> None:
+        """Note one step: (4,) on its device, as `train_step` returns it."""
         self.batch += 1
         self.seconds += seconds
+        self.pending.append(step)
+
+    def read(self, total: Callable[..., list[float]]) -> int:
+        """Take in the pending steps; return the first batch that was not finite, or 0.
+
+        total: sums each of its arguments over all processes; all of them must call this together.
+        """
+        first = self.batch - len(self.pending) + 1
+        steps = torch.zeros(0, 4, dtype=torch.float64)
+        if self.pending:
+            steps = torch.stack(self.pending).cpu().double()  # (n, 4)
+        self.pending.clear()
+        wrong = (steps[:, 3] == 0).nonzero()
+        loss_sum, correct, count, num_wrong = total(*steps[:, :3].sum(dim=0).tolist(), len(wrong))
+        if num_wrong:
+            return first + int(wrong[0]) if len(wrong) else self.batch
         self.loss_sum += loss_sum
-        self.correct += int(correct)
-        self.count += int(count)
+        self.correct += round(correct)
+        self.count += round(count)
+        return 0
 
     def finish_epoch(self, metrics: dict[str, float]) -> None:
+        """Move on to the next epoch; its sums begin at zero."""
         self.history.append(metrics)
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum, self.correct, self.count, self.seconds = 0.0, 0, 0, 0.0
 
+    def state(self) -> dict[str, Any]:
+        """Return plain values; nothing may be pending."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        assert not values.pop("pending"), "read() first"
+        return copy.deepcopy(values)
+
 
 @dataclass
-class Verdict:
+class EarlyStopping:
     """The one place that decides which epoch is the best and whether the run should end."""
 
     patience: int
@@ -62,7 +87,7 @@ class Verdict:
     epochs_without_lower_loss: int = 0
 
     def judge(self, epoch: int, val_loss: float, val_acc: float) -> bool:
-        """Take in an epoch; True if it is the best: highest accuracy, at a tie lower loss."""
+        """Take in an epoch; True if it is the best: highest accuracy, a tie to the lower loss."""
         if val_loss < self.lowest_loss:
             self.lowest_loss, self.epochs_without_lower_loss = val_loss, 0
         else:
@@ -78,11 +103,11 @@ class Verdict:
 
 
 class WeightAverage:
-    """A running average of the trained part, batch-norm statistics included.
+    """An exponential moving average of the trained part, batch-norm statistics included.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast
-    (as in TensorFlow's ExponentialMovingAverage): it looks back over a ninth of all updates at
-    most, which in a short run is less than decay alone would. With decay 0 it is the trained part.
+    After n updates the decay is min(decay, (1 + n) / (10 + n)), so that early weights fade fast (as
+    in TensorFlow's ExponentialMovingAverage): it looks back over a ninth of all updates at most,
+    which in a short run is less than `decay` alone would. With decay 0 it is the trained part.
     """
 
     def __init__(self, trained: TrainedPart, decay: float) -> None:
@@ -91,6 +116,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Take in the weights after a step."""
         self.updates += 1
         if not self.decay:
             return
@@ -102,57 +128,15 @@ class WeightAverage:
 
 
 @dataclass
-class MicroBatch:
-    """How many images go through the network at once: half as many each time memory runs out."""
-
-    size: int
-
-    def parts(self, num_images: int) -> list[slice]:
-        """At least one, which is empty where there are no images."""
-        return [slice(i, i + self.size) for i in range(0, max(num_images, 1), self.size)]
-
-    def map(self, compute: Callable[[slice], Tensor], num_images: int) -> Tensor:
-        """What compute gives for each part, together: (num_images, ...)."""
-        while True:
-            try:
-                results = [compute(part) for part in self.parts(num_images)]
-                return results[0] if len(results) == 1 else torch.cat(results)
-            except RuntimeError as error:
-                self.halve(error)
-
-    def halve(self, error: RuntimeError) -> None:
-        """Answer an error that says that memory ran out; any other is raised again.
-
-        Raises:
-            TrainingError: there is no memory for a single image.
-        """
-        if not is_out_of_memory(error):
-            raise error
-        if self.size == 1:
-            raise TrainingError(
-                "there is not enough memory for a single image; close other programs, freeze more "
-                "layers (--freeze_layers) or take a smaller --model_name"
-            ) from error
-        self.size = -(-self.size // 2)
-        logger.warning(
-            "memory ran out: images now go through the network %d at a time; each step still "
-            "learns from a whole batch",
-            self.size,
-        )
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's allocator has its own error; the CPU's only has its words."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-@dataclass
 class Run:
-    """Everything that changes while training, which is everything a checkpoint holds."""
+    """Everything that changes while training, which is everything a checkpoint holds.
+
+    config: with `auto`, `all` and `on` replaced by what they mean here. asked: the settings as they
+    were asked for, which a resumed run must repeat.
+    """
 
     config: TrainingConfig
+    asked: dict[str, Any]
     name: str
     model: nn.Module
     trained: TrainedPart
@@ -160,53 +144,53 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
     scaler: torch.amp.GradScaler
-    verdict: Verdict
+    early_stopping: EarlyStopping
     warmup_steps: int
     data_fingerprint: str
-    packed_data: Tensor
     micro_batch: MicroBatch
     progress: Progress = field(default_factory=Progress)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)  # path -> why it could not be read
+    skipped: dict[str, str] = field(default_factory=dict)  # path -> why it could not be read
     weights_sha256: str = ""  # of the file that it began with, if it was one
-
-    def __post_init__(self) -> None:
-        self.weights_sha256 = file_sha256(Path(self.config.weights)) or ""
-
-    @property
-    def precision(self) -> str:
-        """What "auto" means here: fp32, bf16 or fp16."""
-        device = next(self.model.parameters()).device
-        dtype = choose_dtype(self.config.precision, device)
-        return next(name for name, named in DTYPES.items() if named == dtype)
 
     @property
     def is_done(self) -> bool:
-        return self.progress.epoch >= self.config.epochs or self.verdict.should_stop
+        return self.progress.epoch >= self.config.epochs or self.early_stopping.should_stop
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the head."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def train_mode(self) -> None:
-        """Let the trained part behave as in training; batch-norm keeps its pretrained statistics
-        unless the run is told to train them, or has none."""
+        """Let the trained part behave as in training.
+
+        Its batch-norm keeps the pretrained statistics, as in full fine-tuning of detectors: those
+        of a small data set are noisier, and cost 6 points of accuracy (docs/experiments.md).
+        """
         self.trained.train()
-        if self.config.batch_norm == "fixed" and self.config.weights != "none":
+        if self.config.is_pretrained:
             for module in self.trained.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
 
+    def use_best_weights(self) -> None:
+        """Put the weights of the best epoch into the model."""
+        self.trained.load_state_dict(self.best_weights)
+
     def state(self) -> dict[str, Any]:
-        """The whole run in tensors, numbers, strings, lists and dicts."""
+        """Return the whole run in tensors, numbers, strings, lists and dicts."""
         return {
             "name": self.name,
-            "config": self.config.exact_settings(),
-            "precision": self.precision,
+            "config": self.asked,
+            "precision": self.config.precision,
             "weights_sha256": self.weights_sha256,
             "data_fingerprint": self.data_fingerprint,
-            "packed_data": self.packed_data,
-            "left_out": self.left_out,
+            "skipped": self.skipped,
             "epoch": self.progress.epoch,
             "batch": self.progress.batch,
-            "progress": dataclasses.asdict(self.progress),
-            "verdict": dataclasses.asdict(self.verdict),
+            "progress": self.progress.state(),
+            "early_stopping": dataclasses.asdict(self.early_stopping),
             "model": plain_copy(self.model.state_dict()),
             "average": plain_copy(self.average.module.state_dict()) if self.average.decay else {},
             "average_updates": self.average.updates,
@@ -218,18 +202,19 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["precision"] != self.precision:
+        """Become the run whose state this is."""
+        if state["precision"] != self.config.precision:
             logger.warning(
-                "this run computed in %s so far and goes on in %s, with other rounding; "
-                "--precision %s keeps to the first",
+                "this run used %s and continues in %s, so rounding differs; pass --precision %s "
+                "to match",
                 state["precision"],
-                self.precision,
+                self.config.precision,
                 state["precision"],
             )
         self.name, self.weights_sha256 = state["name"], state["weights_sha256"]
         self.progress = Progress(**state["progress"])
-        self.verdict = Verdict(
-            **{**state["verdict"], "patience": self.config.early_stopping_patience}
+        self.early_stopping = EarlyStopping(
+            **{**state["early_stopping"], "patience": self.config.early_stopping_patience}
         )
         self.model.load_state_dict(state["model"])
         if self.average.decay:
@@ -241,44 +226,17 @@ class Run:
         if state["scaler"]:  # empty from a device that needs none
             self.scaler.load_state_dict(state["scaler"])
         self.micro_batch.size = state["micro_batch_size"]
-        self.left_out.update(state["left_out"])
+        self.skipped.update(state["skipped"])
 
 
 def file_sha256(path: Path) -> str | None:
-    """None where there is no such file."""
+    """Return None where there is no such file."""
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def plain_copy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A copy on the CPU in the usual memory layout, which is how weights are stored."""
+    """Copy to the CPU in the usual memory layout, which is how weights are stored."""
     return {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-
-
-def fingerprint(data: FoodData) -> str:
-    """Changes when any image is added, removed, relabelled or moved between the splits."""
-    digest = hashlib.sha256(json.dumps(data.class_to_idx, sort_keys=True).encode())
-    for split in (data.train, data.val, data.test):
-        names = (f"{Path(p).parent.name}/{Path(p).name}" for p in split.paths)
-        digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
-        digest.update(split.labels.tobytes())
-    return digest.hexdigest()
-
-
-def pack_data(data: FoodData) -> Tensor:
-    """The lists of images, small enough for each checkpoint: uint8 (n,)."""
-    values = dataclasses.asdict(data)
-    for part in ("train", "val", "test"):
-        values[part]["labels"] = values[part]["labels"].tolist()
-    packed = zlib.compress(json.dumps(values).encode(), level=1)
-    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
-
-
-def unpack_data(packed: Tensor) -> FoodData:
-    values = json.loads(zlib.decompress(packed.numpy().tobytes()))
-    for part in ("train", "val", "test"):
-        labels = np.array(values[part]["labels"], dtype=np.int64)
-        values[part] = Split(tuple(values[part]["paths"]), labels)
-    return FoodData(**values)

@@ -1,10 +1,12 @@
 """What the trained part is fed with: computed or stored, the features are the same."""
 
 import copy
+import errno
 import math
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,24 +14,29 @@ import torch
 from PIL import Image
 from torch import nn
 
-from app.ml.model import build_model, split_model
+from app.ml.model import backbone, build_model, split_model
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.compute import features
 from training.compute.distributed import Processes
-from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
+from training.compute.features import (
+    FeatureBatch,
+    FeatureSource,
+    FrozenPart,
+    feature_sources,
+    open_store,
+)
+from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
-from training.data import loader as batches
 from training.data.cache import ImageCache
 from training.data.loader import (
+    EpochSampler,
     EvalImages,
     ImageLoader,
-    Key,
-    KeyBatches,
+    SampleKey,
     TrainImages,
-    default_num_workers,
+    eval_loader,
 )
 from training.data.splits import FoodData, Split
-from training.run.state import MicroBatch
 
 CPU = torch.device("cpu")
 CONFIG = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -54,32 +61,38 @@ def frozen(dtype: torch.dtype = torch.float32) -> FrozenPart:
 
 
 def source(
-    photos: tuple[str, ...], folder: Path, num_views: int, train: bool = True
+    photos: tuple[str, ...],
+    folder: Path,
+    num_views: int,
+    train: bool = True,
+    seed: int | None = 8,
+    max_bytes: float = math.inf,
 ) -> FeatureSource:
+    part, path = frozen(), folder / "store" / "train.bin"
+    store = open_store(path, (num_views, len(photos)), part, Processes(), max_bytes)
+    order = EpochSampler(len(photos), 4, seed=seed)
+    reading = EpochSampler(len(photos), 4) if store else order
     dataset = (
-        TrainImages(photos, ImageCache(None), seed=3, crop=32, smallest_crop=0.25)
+        TrainImages(photos, ImageCache(None), seed=3, crop=32, min_crop_scale=0.25)
         if train
         else EvalImages(photos, CONFIG)
     )
-    loader = ImageLoader(dataset, KeyBatches(len(photos), 4), 0, CPU)
-    return FeatureSource(
-        loader, LABELS, frozen(), num_views, folder / "store" / "train.bin", Processes()
-    )
+    loader = ImageLoader(dataset, reading, 0, CPU)
+    return FeatureSource(loader, order, LABELS, part, store)
 
 
 def assert_same(left: list[FeatureBatch], right: list[FeatureBatch], exactly: bool = False) -> None:
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
-        assert torch.equal(one.labels, other.labels) and torch.equal(one.rows, other.rows)
+        assert torch.equal(one.labels, other.labels) and torch.equal(one.positions, other.positions)
         # Another batch size may take another convolution routine, with its own rounding.
         tolerance = 0.0 if exactly else 1e-5
         torch.testing.assert_close(one.features, other.features, atol=tolerance, rtol=tolerance)
 
 
-def test_the_frozen_part_gives_the_features_of_normalised_pixels(photos: tuple[str, ...]) -> None:
+def test_the_frozen_part_gives_the_features_of_normalized_pixels(photos: tuple[str, ...]) -> None:
     part = frozen()
-    loader = ImageLoader(EvalImages(photos, CONFIG), KeyBatches(NUM_IMAGES, 4), 0, CPU)
-    batch = next(loader.batches(0, 0))
+    batch = next(iter(eval_loader(photos, CONFIG, 4, 0, CPU)))
     given = part(batch)
     torch.testing.assert_close(given, part.module(normalize(batch.images, CONFIG)).detach())
     assert not given.requires_grad
@@ -91,7 +104,7 @@ def test_batches_carry_the_labels_of_their_images(photos: tuple[str, ...], tmp_p
         feed = source(photos, tmp_path, num_views)
         assert len(feed) == 3
         for epoch in range(3):
-            labels = torch.cat([batch.labels for batch in feed.batches(epoch, shuffle_seed=1)])
+            labels = torch.cat([batch.labels for batch in feed.epoch(epoch)])
             assert sorted(labels.tolist()) == sorted(np.delete(LABELS, 4).tolist())
         feed.close()
 
@@ -104,25 +117,25 @@ def test_stored_features_are_the_computed_ones(
     stored, computed = (source(photos, tmp_path, views, train) for views in (3, 0))
     for epoch in range(3):
         assert_same(
-            list(stored.batches(epoch, shuffle_seed=8)),
-            list(computed.batches(epoch, shuffle_seed=8)),
+            list(stored.epoch(epoch)),
+            list(computed.epoch(epoch)),
         )
-    again = torch.cat([b.features[b.rows.argsort()] for b in stored.batches(4)])
-    view_1 = torch.cat([b.features for b in stored.batches(1)])
+    unshuffled = source(photos, tmp_path, 3, train, seed=None)
+    again = torch.cat([b.features for b in unshuffled.epoch(4)])
+    view_1 = torch.cat([b.features for b in unshuffled.epoch(1)])
     assert torch.equal(again, view_1)
     if train:
-        view_0 = torch.cat([b.features for b in stored.batches(0)])
+        view_0 = torch.cat([b.features for b in unshuffled.epoch(0)])
         assert not torch.allclose(view_0, view_1)
     stored.close()
+    unshuffled.close()
 
 
 def test_a_view_is_computed_once(photos: tuple[str, ...], tmp_path: Path) -> None:
-    feed, calls = source(photos, tmp_path, 2), []
-    load = feed.loader.batches
-    feed.loader.batches = lambda *a, **k: calls.append(a) or load(*a, **k)  # type: ignore[method-assign, func-returns-value, assignment]
+    feed, filled = source(photos, tmp_path, 2), []
     for epoch in range(6):
-        list(feed.batches(epoch, shuffle_seed=1))
-    assert len(calls) == 2
+        list(feed.epoch(epoch, on_batch=lambda epoch=epoch: filled.append(epoch)))
+    assert filled == [0, 0, 0, 1, 1, 1]
     feed.close()
 
 
@@ -131,32 +144,32 @@ def test_what_is_stored_does_not_depend_on_where_the_run_was_cut(
 ) -> None:
     """Bit for bit, or a resumed run would not be the uninterrupted one."""
     whole, resumed = (source(photos, tmp_path / name, 2) for name in ("whole", "resumed"))
-    expected = [list(whole.batches(epoch, shuffle_seed=2)) for epoch in range(2)]
-    assert_same(list(resumed.batches(1, 2, shuffle_seed=2)), expected[1][2:], exactly=True)
-    assert_same(list(resumed.batches(0, 1, shuffle_seed=2)), expected[0][1:], exactly=True)
+    expected = [list(whole.epoch(epoch)) for epoch in range(2)]
+    assert_same(list(resumed.epoch(1, 2)), expected[1][2:], exactly=True)
+    assert_same(list(resumed.epoch(0, 1)), expected[0][1:], exactly=True)
     whole.close()
     resumed.close()
 
 
 def test_computed_features_go_on_from_any_batch(photos: tuple[str, ...], tmp_path: Path) -> None:
     feed = source(photos, tmp_path, 0)
-    whole = list(feed.batches(5, shuffle_seed=2))
+    whole = list(feed.epoch(5))
     for start in range(4):
-        assert_same(list(feed.batches(5, start, shuffle_seed=2)), whole[start:], exactly=True)
+        assert_same(list(feed.epoch(5, start)), whole[start:], exactly=True)
 
 
 def test_the_store_gives_its_space_back(
     photos: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even when the process is killed: the name goes as soon as the file is mapped."""
-    sizes, reserve = [], features._reserve
-    monkeypatch.setattr(features, "_reserve", lambda *a: (sizes.append(a[1]), reserve(*a)))
+    sizes, reserve = [], features.reserve
+    monkeypatch.setattr(features, "reserve", lambda *a: (sizes.append(a[1]), reserve(*a)))
     feed = source(photos, tmp_path, 2)
-    list(feed.batches(0))
+    list(feed.epoch(0))
     assert sizes == [2 * NUM_IMAGES * 4 * 8 * 8 * 4]  # views, images, channels, H, W, bytes
-    assert features.os.name == "nt" or not feed.store_path.exists()
+    assert feed.store and (features.os.name == "nt" or not feed.store.path.exists())
     feed.close()
-    assert not feed.store_path.exists()
+    assert not feed.store.path.exists()
     feed.close()
 
 
@@ -181,14 +194,15 @@ def test_without_room_the_features_are_computed_and_it_is_said_once(
         monkeypatch.setattr(features.os, "posix_fallocate", refused, raising=False)
     elif obstacle == "no folder":
         (tmp_path / "store").write_text("a file")
-    feed, plain = source(photos, tmp_path, 2), source(photos, tmp_path / "other", 0)
-    if obstacle == "more than pays":
-        feed.most_bytes = 2 * NUM_IMAGES * 4 * 8 * 8 * 4 - 1
-    first = list(feed.batches(0, shuffle_seed=1))
-    assert_same(first, list(plain.batches(0, shuffle_seed=1)), exactly=True)
-    list(feed.batches(1, shuffle_seed=1))
-    messages = [m for m in caplog.messages if "left out" not in m]
-    assert len(messages) == 1 and "computed anew" in messages[0]
+    needed = 2 * NUM_IMAGES * 4 * 8 * 8 * 4
+    max_bytes = needed - 1 if obstacle == "more than pays" else needed
+    feed = source(photos, tmp_path, 2, max_bytes=max_bytes)
+    plain = source(photos, tmp_path / "other", 0)
+    first = list(feed.epoch(0))
+    assert_same(first, list(plain.epoch(0)), exactly=True)
+    list(feed.epoch(1))
+    messages = [m for m in caplog.messages if "skipped" not in m]
+    assert len(messages) == 1 and "recomputed every epoch" in messages[0]
     assert feed.store is None
     feed.close()
 
@@ -196,45 +210,62 @@ def test_without_room_the_features_are_computed_and_it_is_said_once(
 def test_the_store_is_reserved_where_the_system_cannot_allocate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(features.os, "posix_fallocate", raising=False)
+    """macOS and Windows have no such call; some shares refuse it."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(features.os, "posix_fallocate", refuse, raising=False)
     for size in (0, 5, (1 << 20) + 1):
-        features._reserve(tmp_path / "file", size)
+        features.reserve(tmp_path / "file", size)
         assert (tmp_path / "file").stat().st_size == size
+    monkeypatch.delattr(features.os, "posix_fallocate")
+    features.reserve(tmp_path / "file", 7)
+    assert (tmp_path / "file").stat().st_size == 7
 
 
 def test_waiting_for_pixels_is_measured(photos: tuple[str, ...], tmp_path: Path) -> None:
     feed = source(photos, tmp_path, 0)
     assert feed.seconds_waiting == 0
-    list(feed.batches(0))
+    list(feed.epoch(0))
     assert feed.seconds_waiting > 0
 
 
-@pytest.mark.parametrize(("freeze", "shape"), [("all", (1280, 1, 1)), (1, (32, 112, 112))])
-def test_sources_as_a_run_makes_them(
-    freeze: int | str, shape: tuple[int, ...], photos: tuple[str, ...], tmp_path: Path
-) -> None:
-    """Validation is kept in one view; a wholly frozen network leaves only pooled features."""
-    config = TrainingConfig(
-        freeze_layers=freeze, precision="fp32", num_workers=0, batch_size=4, cache_images="off"
-    )
+def mobilenet(freeze: int) -> tuple[nn.Module, nn.Module, nn.Module, FrozenPart]:
     model = build_model("mobilenet_v2", 3).eval()
-    part, trained = split_model(model, "mobilenet_v2", 19 if freeze == "all" else int(freeze))
-    before = copy.deepcopy(part.state_dict())
+    part, trained = split_model(model, "mobilenet_v2", freeze)
+    config = PreprocessConfig(**backbone("mobilenet_v2").preprocessing)
+    return model, part, trained, FrozenPart(part, config, CPU, torch.float32, MicroBatch(4))
+
+
+def sources_of(
+    photos: tuple[str, ...], frozen: FrozenPart, folder: Path, **settings: Any
+) -> tuple[FeatureSource, FeatureSource]:
+    config = TrainingConfig(batch_size=4, cache_images="off", **settings)
     split = Split(photos[:3], LABELS[:3])
     data = FoodData({"a": 0, "b": 1, "c": 2}, split, split, split, [], {})
-    train, val = feature_sources(
-        config, data, part, tmp_path / "run", CPU, Processes(), MicroBatch(4)
-    )
-    (batch,) = val.batches(0)
-    assert batch.features.shape == (3, *shape) and (train.num_views, val.num_views) == (0, 1)
-    assert (train.most_bytes, val.most_bytes) == (math.inf, features.MOST_VALIDATION_BYTES)
+    return feature_sources(config, data, frozen, folder, Processes(), {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("freeze", "shape"), [(19, (1280, 1, 1)), (1, (32, 112, 112))])
+def test_sources_as_a_run_makes_them(
+    freeze: int, shape: tuple[int, ...], photos: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Validation is kept in one view; a wholly frozen network leaves only pooled features."""
+    model, part, trained, frozen = mobilenet(freeze)
+    before = copy.deepcopy(part.state_dict())
+    train, val = sources_of(photos, frozen, tmp_path, num_workers=0)
+    (batch,) = val.epoch(0)
+    assert batch.features.shape == (3, *shape) and batch.num_images == 3
+    assert train.store is None and val.store is not None
     pixels = torch.stack(
-        [EvalImages(photos, val.frozen.config)[Key(i, 0, i)].pixels for i in range(3)]
+        [EvalImages(photos, frozen.config)[SampleKey(i, 0, i)].pixels for i in range(3)]
     )
     with torch.no_grad():
-        whole = model(normalize(pixels, val.frozen.config))
+        whole = model(normalize(pixels, frozen.config))
         torch.testing.assert_close(trained.eval()(batch.features), whole, atol=1e-4, rtol=1e-3)
-    (batch,) = train.batches(0, shuffle_seed=1)
+    (batch,) = train.epoch(0)
     assert batch.features.shape == (3, *shape)
     assert all(torch.equal(before[key], value) for key, value in part.state_dict().items())
     train.close()
@@ -246,30 +277,12 @@ def test_processes_that_have_nothing_left_to_read_end(
     cache_views: int, photos: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Those of validation, and of training where its views are kept."""
-    config = TrainingConfig(
-        freeze_layers="all", num_workers=1, cache_views=cache_views, cache_images="off"
-    )
-    part, _ = split_model(build_model("mobilenet_v2", 3).eval(), "mobilenet_v2", 19)
-    split = Split(photos[:3], LABELS[:3])
-    data = FoodData({"a": 0, "b": 1, "c": 2}, split, split, split, [], {})
-    sources = feature_sources(config, data, part, tmp_path, CPU, Processes(), MicroBatch(4))
+    sources = sources_of(photos, frozen(), tmp_path, num_workers=1, cache_views=cache_views)
     for source in sources:
-        list(source.batches(0))
+        list(source.epoch(0))
     assert len(multiprocessing.active_children()) == (0 if cache_views else 1)
-    unfinished = sources[0].loader.batches(1, 1)  # as the traceback of an error would hold it
+    unfinished = iter(sources[0].loader)  # as the traceback of an error would hold it
     next(unfinished)
     for source in sources:
         source.close()
     assert not multiprocessing.active_children()
-
-
-@pytest.mark.parametrize(
-    ("cores", "trainers", "beside_a_gpu"), [(1, 1, 1), (4, 1, 4), (64, 1, 8), (64, 4, 8), (6, 4, 1)]
-)
-def test_workers_share_the_cores_that_may_be_used(
-    cores: int, trainers: int, beside_a_gpu: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(trainers))
-    assert default_num_workers(torch.device("cuda")) == beside_a_gpu
-    assert default_num_workers(CPU) == min(1, cores - 1)

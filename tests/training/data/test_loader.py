@@ -1,5 +1,6 @@
 """Which images make up a batch, and what comes of those that cannot be read."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -13,17 +14,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.ml.preprocessing import PreprocessConfig
+from training.data import loader as loader_module
 from training.data.cache import ImageCache
 from training.data.loader import (
     Batch,
+    EpochSampler,
     EvalImages,
     ImageLoader,
-    Key,
-    KeyBatches,
+    SampleKey,
     TrainImages,
     collate,
     default_num_workers,
+    eval_loader,
+    fitting_workers,
 )
+from training.errors import DataError
 
 CPU = torch.device("cpu")
 CONFIG = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -32,20 +37,28 @@ SIZES = st.integers(1, 60)
 SEEDS = st.integers(0, 2**31)
 
 
+def batches_of(
+    sampler: EpochSampler, epoch: int, start: int = 0, view: int | None = None
+) -> list[list[SampleKey]]:
+    sampler.set_epoch(epoch, start, view)
+    return list(sampler)
+
+
 @at_least_100
 @given(SIZES, SIZES, st.integers(0, 50), st.one_of(st.none(), SEEDS))
-def test_every_image_is_in_one_batch_of_a_pass(
+def test_every_image_is_in_one_batch_of_an_epoch(
     num_images: int, batch_size: int, epoch: int, seed: int | None
 ) -> None:
-    keys = KeyBatches(num_images, batch_size)
-    batches = list(keys.batches(epoch, 7, 0, seed))
-    assert len(batches) == len(keys)
+    sampler = EpochSampler(num_images, batch_size, seed=seed)
+    batches = batches_of(sampler, epoch, view=7)
+    assert len(batches) == len(sampler)
     images = [key.image for batch in batches for key in batch]
     assert sorted(images) == list(range(num_images))
     assert seed is not None or images == list(range(num_images))
     assert {len(batch) for batch in batches[:-1]} <= {batch_size}
-    for batch in batches:
-        assert [key.row for key in batch] == list(range(len(batch)))
+    for number, batch in enumerate(batches):
+        assert len(batch) == sampler.images_in(number)
+        assert [key.position for key in batch] == list(range(len(batch)))
         assert {key.view for key in batch} == {7}
 
 
@@ -55,7 +68,7 @@ def test_the_order_follows_from_seed_and_epoch_alone(
     num_images: int, batch_size: int, epoch: int, seed: int
 ) -> None:
     def order(seed: int, epoch: int, view: int = 0) -> list[int]:
-        batches = KeyBatches(num_images, batch_size).batches(epoch, view, 0, seed)
+        batches = batches_of(EpochSampler(num_images, batch_size, seed=seed), epoch, view=view)
         return [key.image for batch in batches for key in batch]
 
     first = order(seed, epoch)
@@ -67,14 +80,12 @@ def test_the_order_follows_from_seed_and_epoch_alone(
 
 @at_least_100
 @given(SIZES, SIZES, st.integers(0, 9), SEEDS, st.data())
-def test_a_pass_taken_up_at_any_batch_goes_on_as_it_would_have(
+def test_an_epoch_resumed_at_any_batch_continues_as_it_would_have(
     num_images: int, batch_size: int, epoch: int, seed: int, data: st.DataObject
 ) -> None:
-    keys = KeyBatches(num_images, batch_size)
-    start = data.draw(st.integers(0, len(keys)))
-    assert (
-        list(keys.batches(epoch, 1, start, seed)) == list(keys.batches(epoch, 1, 0, seed))[start:]
-    )
+    sampler = EpochSampler(num_images, batch_size, seed=seed)
+    start = data.draw(st.integers(0, len(sampler)))
+    assert batches_of(sampler, epoch, start) == batches_of(sampler, epoch)[start:]
 
 
 @at_least_100
@@ -82,9 +93,11 @@ def test_a_pass_taken_up_at_any_batch_goes_on_as_it_would_have(
 def test_the_shares_of_all_processes_make_up_each_batch(
     num_images: int, batch_size: int, world_size: int, seed: int
 ) -> None:
-    whole = list(KeyBatches(num_images, batch_size).batches(2, 2, 0, seed))
+    whole = batches_of(EpochSampler(num_images, batch_size, seed=seed), 2)
     shares = [
-        list(KeyBatches(num_images, batch_size, rank, world_size).batches(2, 2, 0, seed))
+        batches_of(
+            EpochSampler(num_images, batch_size, seed=seed, rank=rank, world_size=world_size), 2
+        )
         for rank in range(world_size)
     ]
     assert {len(share) for share in shares} == {len(whole)}
@@ -110,60 +123,65 @@ def photos(tmp_path: Path) -> tuple[str, ...]:
 def loader(
     photos: tuple[str, ...], train: bool, num_workers: int = 0, cache: Path | None = None
 ) -> ImageLoader:
-    dataset = (
-        TrainImages(photos, ImageCache(cache), seed=3, crop=32, smallest_crop=0.25)
-        if train
-        else EvalImages(photos, CONFIG)
-    )
-    return ImageLoader(dataset, KeyBatches(len(photos), 4), num_workers, CPU)
+    if not train:
+        return eval_loader(photos, CONFIG, 4, num_workers, CPU)
+    images = TrainImages(photos, ImageCache(cache), seed=3, crop=32, min_crop_scale=0.25)
+    return ImageLoader(images, EpochSampler(len(photos), 4, seed=1), num_workers, CPU)
+
+
+def epoch_of(
+    reader: ImageLoader, epoch: int, start: int = 0, view: int | None = None
+) -> Iterator[Batch]:
+    reader.sampler.set_epoch(epoch, start, view)
+    return iter(reader)
 
 
 def same(left: Iterator[Batch], right: Iterator[Batch]) -> bool:
     for one, other in zip(left, right, strict=True):
-        for name in ("images", "color", "indices", "rows"):
+        for name in ("images", "color", "indices", "positions"):
             a, b = getattr(one, name), getattr(other, name)
             if not (a is b is None or torch.equal(a, b)):
                 return False
-        if one.problems != other.problems:
+        if [p.key for p in one.problems] != [p.key for p in other.problems]:
             return False
     return True
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_what_cannot_be_read_is_left_out_and_named_once(
+def test_what_cannot_be_read_is_skipped_and_named_once(
     train: bool, photos: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     reader = loader(photos, train)
     for epoch in range(3):
-        batches = list(reader.batches(epoch, epoch, shuffle_seed=1))
+        batches = list(epoch_of(reader, epoch))
         assert len(batches) == 3
         indices = torch.cat([batch.indices for batch in batches])
         assert sorted(indices.tolist()) == [0, 1, 3, 4, 5, 6, 8, 9]
         for batch in batches:
             count = len(batch.indices)
             assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (count, 3, 32, 32))
-            assert len(batch.rows) == count and count + len(batch.problems) in (4, 2)
+            assert len(batch.positions) == count and count + len(batch.problems) in (4, 2)
             if train and count:
                 assert batch.color is not None and batch.color.shape == (count, 4)
             else:
                 assert batch.color is None
-    assert reader.left_out.keys() == {photos[2], photos[7]}
+    assert reader.skipped.keys() == {photos[2], photos[7]}
     assert len(caplog.messages) == 2
     assert all(any(photos[n] in line for line in caplog.messages) for n in (2, 7))
 
 
-def test_rows_stay_with_their_images(photos: tuple[str, ...]) -> None:
-    (batch, *_) = loader(photos, train=False).batches(0, 0)
-    assert batch.indices.tolist() == batch.rows.tolist() == [0, 1, 3]
-    assert [index for index, _ in batch.problems] == [2]
+def test_positions_stay_with_their_images(photos: tuple[str, ...]) -> None:
+    (batch, *_) = loader(photos, train=False)
+    assert batch.indices.tolist() == batch.positions.tolist() == [0, 1, 3]
+    assert [sample.key.image for sample in batch.problems] == [2]
     images = EvalImages(photos, CONFIG)
-    assert torch.equal(batch.images[2], images[Key(3, 0, 0)].pixels)
+    assert torch.equal(batch.images[2], images[SampleKey(3, 0, 0)].pixels)
 
 
 def test_a_batch_of_nothing_readable_is_an_empty_batch(photos: tuple[str, ...]) -> None:
-    (batch,) = loader((photos[2], photos[7]), train=True).batches(0, 0)
+    (batch,) = loader((photos[2], photos[7]), train=True)
     assert batch.images.shape == (0, 3, 32, 32) and batch.color is None
-    assert len(batch.indices) == len(batch.rows) == 0 and len(batch.problems) == 2
+    assert len(batch.indices) == len(batch.positions) == 0 and len(batch.problems) == 2
     assert collate([], 32).images.shape == (0, 3, 32, 32)
 
 
@@ -174,33 +192,106 @@ def test_any_number_of_workers_reads_the_same(
     caplog.set_level(logging.ERROR)
     alone, helped = loader(photos, train), loader(photos, train, num_workers=2)
     for epoch, start in ((0, 0), (1, 0), (1, 2)):
-        assert same(
-            alone.batches(epoch, epoch, start, shuffle_seed=5),
-            helped.batches(epoch, epoch, start, shuffle_seed=5),
-        )
-    assert alone.left_out == helped.left_out
+        assert same(epoch_of(alone, epoch, start), epoch_of(helped, epoch, start))
+    assert alone.skipped == helped.skipped
 
 
 def test_the_cache_does_not_show_in_a_batch(photos: tuple[str, ...], tmp_path: Path) -> None:
     plain, cached = loader(photos, True), loader(photos, True, cache=tmp_path / "cache")
     for _ in ("filling it", "reading it"):
-        assert same(plain.batches(0, 0), cached.batches(0, 0))
+        assert same(epoch_of(plain, 0), epoch_of(cached, 0))
 
 
-def test_a_view_is_the_same_pixels_in_any_epoch_and_another_view_is_not(
+def test_a_view_is_the_same_pixels_at_any_time_and_another_view_is_not(
     photos: tuple[str, ...],
 ) -> None:
     reader = loader(photos, train=True)
-    first, again, other = (list(reader.batches(e, v)) for e, v in ((0, 1), (5, 1), (5, 2)))
+    first, again, other = (list(epoch_of(reader, 5, view=view)) for view in (1, 1, 2))
     assert same(iter(first), iter(again))
     assert not same(iter(first), iter(other))
 
 
 def test_validation_is_never_augmented(photos: tuple[str, ...]) -> None:
     reader = loader(photos, train=False)
-    assert same(reader.batches(0, 0), reader.batches(3, 9))
+    assert same(epoch_of(reader, 0), epoch_of(reader, 3, view=9))
 
 
-def test_workers_help_where_the_cores_do_not_compute() -> None:
-    assert default_num_workers(CPU) == min(1, (os.cpu_count() or 1) - 1)
-    assert default_num_workers(torch.device("cuda")) >= 1
+def test_workers_help_where_the_cores_do_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, on_cpu, beside_a_gpu in [(1, 0, 1), (2, 1, 2), (64, 1, 8)]:
+        monkeypatch.setattr(loader_module, "num_cores", lambda cores=cores: cores)
+        assert default_num_workers(CPU) == on_cpu
+        assert default_num_workers(torch.device("cuda")) == beside_a_gpu
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert default_num_workers(torch.device("cuda")) == 4
+
+
+# Disks and memory that are not there -----------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "OUTAGE_SECONDS", 0.2)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> tuple[str, ...]:
+    """Six pictures in two class folders."""
+    for number in range(6):
+        path = tmp_path / "disk" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(path)
+    return tuple(map(str, sorted((tmp_path / "disk").rglob("*.png"))))
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("left", ["nothing", "an empty mount point"])
+def test_a_disk_that_has_gone_ends_the_epoch(
+    left: str, num_workers: int, dataset: tuple[str, ...], tmp_path: Path
+) -> None:
+    reader = eval_loader(dataset, CONFIG, 3, num_workers, CPU)
+    (tmp_path / "disk").rename(tmp_path / "away")
+    if left != "nothing":
+        (tmp_path / "disk").mkdir()
+    with pytest.raises(DataError, match=r"can no longer be read.*check the disk"):
+        list(reader)
+    reader.close()
+    assert not reader.skipped
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
+def test_a_disk_that_comes_back_costs_no_image(
+    code: int, dataset: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter([True, True])
+    load = loader_module.load_image
+
+    def away_for_a_moment(path: str) -> Image.Image:
+        if next(failures, False):
+            raise OSError(code, os.strerror(code))
+        return load(path)
+
+    monkeypatch.setattr(loader_module, "load_image", away_for_a_moment)
+    reader = eval_loader(dataset, CONFIG, 3, 0, CPU)
+    assert sum(len(batch.indices) for batch in reader) == 6
+    assert not reader.skipped
+
+
+def test_a_removed_image_or_class_folder_is_no_outage(dataset: tuple[str, ...]) -> None:
+    reader = eval_loader(dataset, CONFIG, 3, 0, CPU)
+    for path in dataset[:3]:
+        os.remove(path)
+    Path(dataset[0]).parent.rmdir()
+    assert sum(len(batch.indices) for batch in reader) == 3
+    assert reader.skipped.keys() == set(dataset[:3])
+
+
+def test_workers_are_only_as_many_as_shared_memory_has_room_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Docker's 64 MB hold 4 times 3 batches of 32 pictures of 224 pixels."""
+    for free, fitting in [(64 << 20, 4), (4 << 20, 0), (1 << 30, 8), (None, 8)]:
+        caplog.clear()
+        monkeypatch.setattr(loader_module, "free_shared_memory", lambda free=free: free)
+        assert fitting_workers(8, 32, 224) == fitting
+        assert ("--shm-size" in caplog.text) == (fitting < 8)

@@ -20,21 +20,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.training.run.test_state import make_run, same, tiny_data, train_steps
 
-from training.compute.distributed import Processes
+import train_model
 from training.config import TrainingConfig
+from training.data.manifest import write_manifest
 from training.data.splits import FoodData, Split
 from training.errors import CheckpointError
 from training.run import checkpoints
 from training.run import resume as resuming_module
-from training.run import state as run_state
 from training.run.checkpoints import (
+    Checkpoint,
     load_checkpoint,
     newest_checkpoint,
     run_folders,
     save_checkpoint,
 )
-from training.run.resume import Keeper, data_of_run, find_checkpoint, mark_finished
-from training.run.state import Progress, Verdict
+from training.run.resume import find_checkpoint as find
+from training.run.resume import locked, mark_finished
+from training.run.state import EarlyStopping, Progress
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,7 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def anything(_: dict[str, Any]) -> None:
+def anything(_folder: Path, _state: dict[str, Any]) -> None:
     return None
 
 
@@ -82,7 +84,7 @@ def test_property_4_a_checkpoint_restores_the_run_exactly(
     train_steps(run, steps, seed)
     for epoch, loss in enumerate(losses, start=1):
         run.lr_scheduler.step(loss)
-        if run.verdict.judge(epoch, loss, (loss * 7) % 1):
+        if run.early_stopping.judge(epoch, loss, (loss * 7) % 1):
             run.best_weights = copy.deepcopy(run.average.module.state_dict())
     run.progress, run.micro_batch.size = progress, 3
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +105,7 @@ def test_property_4_a_checkpoint_restores_the_run_exactly(
 
 def test_the_best_weights_of_an_earlier_epoch_are_brought_back(tmp_path: Path) -> None:
     run = make_run()
-    run.verdict = Verdict(5, best_epoch=1)
+    run.early_stopping = EarlyStopping(5, best_epoch=1)
     run.best_weights = {k: v.clone() for k, v in run.average.module.state_dict().items()}
     train_steps(run, 3)
     resumed = make_run(seed=1)
@@ -172,7 +174,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(
     assert found is not None and found.path == first and found.state["epoch"] == 1
     assert files(tmp_path) == before  # nothing is deleted
     (message,) = caplog.messages
-    assert message.startswith("passed over") and last.stem in message
+    assert message.startswith("skipped") and last.stem in message
     with pytest.raises(CheckpointError, match=last.stem):
         load_checkpoint(last)
 
@@ -259,11 +261,13 @@ def test_what_was_just_written_is_not_read_again(
     assert read == [paths[1], paths[2]]
 
 
-def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 3)
-    path = save_checkpoint(tmp_path, state())
+def test_another_format_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
-    with pytest.raises(CheckpointError, match="format version 3, not 2"):
+    path = save_checkpoint(tmp_path, state())
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"format 2, this one reads 3\); finish the run with"):
         load_checkpoint(path)
 
 
@@ -307,16 +311,21 @@ def saved(checkpoint_dir: Path, age: int, **changes: Any) -> Path:
     run = make_run(**changes)
     train_steps(run, 1)
     path = save_checkpoint(checkpoint_dir / run.name, run.state())
+    write_manifest(path.parent, tiny_data())
     written = path.stat().st_mtime_ns - age * 10**9
     os.utime(path, ns=(written, written))
     return path
 
 
+def find_checkpoint(config: TrainingConfig, data: FoodData) -> Checkpoint | None:
+    return find(config, data)[0]
+
+
 def resuming(
     checkpoint_dir: Path, resume: str = "auto", **changes: Any
 ) -> tuple[TrainingConfig, FoodData]:
-    run = make_run(checkpoint_dir=checkpoint_dir, resume=resume, **changes)
-    return run.config, tiny_data()
+    places: dict[str, Any] = {"checkpoint_dir": checkpoint_dir, "resume": resume}
+    return TrainingConfig(**{"freeze_layers": 0, **places, **changes}), tiny_data()
 
 
 def test_auto_takes_the_newest_of_the_same_configuration(
@@ -328,7 +337,7 @@ def test_auto_takes_the_newest_of_the_same_configuration(
     found = find_checkpoint(*resuming(tmp_path, epochs=99, num_workers=3))
     assert found is not None and found.path == right
     assert str(other) in caplog.text
-    assert "learning_rate is 0.001 now and was 0.5 then" in caplog.text
+    assert "learning_rate is 0.001, was 0.5" in caplog.text
     assert run_folders(tmp_path)[0] == other.parent
     assert other.exists()
 
@@ -354,7 +363,7 @@ def test_auto_with_nothing_there_says_that_a_new_run_starts(
     caplog.set_level(logging.INFO)
     assert find_checkpoint(*resuming(tmp_path / "none")) is None
     assert "nothing to resume" in caplog.text
-    assert find_checkpoint(make_run(checkpoint_dir=tmp_path).config, tiny_data()) is None
+    assert find_checkpoint(TrainingConfig(checkpoint_dir=tmp_path), tiny_data()) is None
 
 
 def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_path: Path) -> None:
@@ -370,7 +379,7 @@ def test_auto_passes_over_a_finished_run_unless_more_epochs_are_asked_for(tmp_pa
 def test_auto_takes_up_a_run_that_stopped_early_if_there_is_more_patience(tmp_path: Path) -> None:
     run = make_run(epochs=9, early_stopping_patience=2)
     for epoch in (1, 2, 3):
-        run.verdict.judge(epoch, float(epoch), 0.5)
+        run.early_stopping.judge(epoch, float(epoch), 0.5)
     run.progress.epoch = 3
     path = save_checkpoint(tmp_path / run.name, run.state())
     mark_finished(path.parent, run, version=1)
@@ -384,31 +393,23 @@ def test_the_precision_is_compared_by_what_it_meant(
 ) -> None:
     """Begun with auto where that is bf16: bf16 in words is the same, another auto is said."""
 
-    def auto_is(dtype: torch.dtype) -> None:
-        words = {"auto": dtype, "bf16": torch.bfloat16, "fp32": torch.float32}
-        monkeypatch.setattr(run_state, "choose_dtype", lambda word, _: words[word])
+    def auto_is(meant: str) -> None:
+        monkeypatch.setattr(
+            train_model, "choose_precision", lambda word, _: meant if word == "auto" else word
+        )
 
-    auto_is(torch.bfloat16)
+    auto_is("bf16")
     path = saved(tmp_path, age=1)
-    auto_is(torch.float32)
+    auto_is("fp32")
     found = find_checkpoint(*resuming(tmp_path, str(path), precision="bf16"))
     assert found is not None
-    with pytest.raises(CheckpointError, match="precision is 'fp32' now and was 'auto' then"):
+    with pytest.raises(CheckpointError, match="precision is 'fp32', was 'auto'"):
         find_checkpoint(*resuming(tmp_path, str(path), precision="fp32"))
     assert find_checkpoint(*resuming(tmp_path, str(path))) is not None
     for word, said in [("bf16", 0), ("auto", 1)]:
         make_run(precision=word).restore(found.state)
-        messages = [m for m in caplog.messages if "--precision bf16 keeps to the first" in m]
+        messages = [m for m in caplog.messages if "pass --precision bf16 to match" in m]
         assert len(messages) == said
-
-
-def test_a_run_from_before_a_flag_goes_on_with_what_there_was_then(tmp_path: Path) -> None:
-    run = make_run()
-    state = run.state()
-    del state["config"]["augmentation"]
-    save_checkpoint(tmp_path / run.name, state)
-    assert find_checkpoint(*resuming(tmp_path, augmentation="basic")) is not None
-    assert find_checkpoint(*resuming(tmp_path, augmentation="trivial")) is None
 
 
 def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_path: Path) -> None:
@@ -428,7 +429,7 @@ def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_pa
     assert fits(file) and fits("elsewhere/weights.pth") and not fits("imagenet")
     file.write_bytes(b"other weights")
     config, data = resuming(tmp_path / "runs", str(path), weights=str(file))
-    with pytest.raises(CheckpointError, match=r"weights.pth with other content' then"):
+    with pytest.raises(CheckpointError, match=r"weights.pth with other content'"):
         find_checkpoint(config, data)
     assert load_checkpoint(path).state["weights_sha256"] != ""
 
@@ -438,7 +439,7 @@ def test_a_checkpoint_that_is_named_must_fit(tmp_path: Path) -> None:
     for name in (path, path.parent):
         found = find_checkpoint(*resuming(tmp_path, str(name)))
         assert found is not None and found.path == path
-    with pytest.raises(CheckpointError, match=r"another run: batch_size is 8 now and was 32 then"):
+    with pytest.raises(CheckpointError, match=r"another run: batch_size is 8, was 32"):
         find_checkpoint(*resuming(tmp_path, str(path), batch_size=8))
     with pytest.raises(CheckpointError, match="no checkpoint in this folder can be used"):
         find_checkpoint(*resuming(tmp_path, str(path.parent), batch_size=8))
@@ -450,9 +451,9 @@ def test_new_images_make_another_run(tmp_path: Path) -> None:
     path = saved(tmp_path, age=1)
     config, data = resuming(tmp_path, str(path))
     more = Split((*data.test.paths, "b/2.jpg"), np.array([0, 0, 1, 1]))
-    with pytest.raises(CheckpointError, match=r"1 images are new, b/2.jpg for one"):
+    with pytest.raises(CheckpointError, match=r"1 new images, e.g. b/2.jpg"):
         find_checkpoint(config, dataclasses.replace(data, test=more))
-    with pytest.raises(CheckpointError, match=r"the classes are not the same \(c\)"):
+    with pytest.raises(CheckpointError, match=r"the classes differ \(c\)"):
         find_checkpoint(config, dataclasses.replace(data, class_to_idx={"a": 0, "b": 1, "c": 2}))
 
 
@@ -462,12 +463,11 @@ def test_a_run_keeps_its_list_when_images_are_gone_or_the_folder_has_moved(tmp_p
     config, data = resuming(tmp_path, str(path))
     fewer = Split(("moved/b/1.jpg", "moved/a/1.jpg"), np.array([1, 0]))
     now = dataclasses.replace(data, train=fewer, val=fewer, test=fewer)
-    found = find_checkpoint(config, now)
+    found, then = find(config, now)
     assert found is not None
-    then = data_of_run(found, now)
     assert then.train.paths == ("moved/a/1.jpg", "a/2.jpg", "moved/b/1.jpg")
     assert then.train.labels.tolist() == data.train.labels.tolist()
-    assert data_of_run(found, data) is data
+    assert find(config, data)[1] is data
 
 
 def test_a_run_that_is_being_trained_is_not_taken_up(
@@ -482,20 +482,12 @@ def test_a_run_that_is_being_trained_is_not_taken_up(
         assert "another process is training this run" in caplog.text
         with pytest.raises(CheckpointError, match="another process is training this run"):
             find_checkpoint(*resuming(tmp_path, str(path)))
-        with pytest.raises(CheckpointError, match="another process is training this run"):
-            Keeper(make_run(), path.parent, Processes(), None)
+        with (
+            pytest.raises(CheckpointError, match="another process is training this run"),
+            locked(path.parent),
+        ):
+            pass
     assert find_checkpoint(*resuming(tmp_path)) is not None
-
-
-def test_a_disk_that_cannot_lock_files_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
-
-    monkeypatch.setattr(FileLock, "acquire", refuse)
-    with pytest.raises(CheckpointError, match="cannot lock files; take another one for --check"):
-        Keeper(make_run(), tmp_path, Processes(), None)
 
 
 def test_what_killed_writers_left_goes_with_the_next_checkpoints(tmp_path: Path) -> None:

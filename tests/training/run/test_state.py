@@ -4,7 +4,6 @@ the weights; and what a checkpoint must bring back."""
 import copy
 import math
 from collections import OrderedDict
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,16 @@ from torch import nn
 
 import train_model
 from app.ml.model import TrainedPart
+from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
+from training.data.manifest import fingerprint
 from training.data.splits import FoodData, Split
 from training.errors import TrainingError
 from training.run.state import (
-    MicroBatch,
+    EarlyStopping,
     Progress,
     Run,
-    Verdict,
     WeightAverage,
-    fingerprint,
     plain_copy,
 )
 
@@ -49,18 +48,10 @@ def tiny_data() -> FoodData:
 def make_run(**changes: Any) -> Run:
     """A run as `build_run` makes it, around a tiny network."""
     config = TrainingConfig(**{"freeze_layers": 0, **changes})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_model, "build_model", lambda *_: Tiny())
-        patch.setattr(train_model, "load_pretrained", lambda *_: "")
-        patch.setattr(train_model, "backbone", lambda _: SimpleNamespace(layers=lambda _: []))
-        patch.setattr(
-            train_model,
-            "split_model",
-            lambda model, *_: (nn.Identity(), TrainedPart([model.block], model.head)),
-        )
-        patch.setattr(train_model, "describe_split", lambda *_: "")
-        run, _ = train_model.build_run(config, tiny_data(), CPU)
-    return run
+    torch.manual_seed(config.seed)
+    model = Tiny()
+    trained = TrainedPart([model.block], model.head)
+    return train_model.build_run(config, tiny_data(), model, trained, CPU)
 
 
 def train_steps(run: Run, steps: int, seed: int = 0) -> None:
@@ -109,7 +100,10 @@ def test_property_9_the_rate_falls_exactly_when_it_should(
 ) -> None:
     """After more than `patience` epochs without a lower loss; any lower loss counts."""
     run = make_run(
-        scheduler_patience=patience, scheduler_factor=factor, learning_rate=rate, backbone_rate=0.5
+        scheduler_patience=patience,
+        scheduler_factor=factor,
+        learning_rate=rate,
+        backbone_lr_scale=0.5,
     )
     rates = [rate, rate * 0.5]  # of the head, of the layers before it
     lowest, bad = math.inf, 0
@@ -126,7 +120,7 @@ def test_property_9_the_rate_falls_exactly_when_it_should(
         assert [group["lr"] for group in run.optimizer.param_groups] == rates
 
 
-# The verdict ----------------------------------------------------------------------------------
+# Early stopping ----------------------------------------------------------------------------------
 
 EPOCHS = st.lists(
     st.tuples(st.integers(0, 4).map(lambda n: n / 2), st.integers(0, 3).map(lambda n: n / 3)),
@@ -139,40 +133,40 @@ EPOCHS = st.lists(
 def test_property_10_stopping_and_the_best_epoch_are_exactly_as_said(
     epochs: list[tuple[float, float]], patience: int
 ) -> None:
-    verdict = Verdict(patience)
-    assert not verdict.should_stop
+    stopping = EarlyStopping(patience)
+    assert not stopping.should_stop
     for number in range(1, len(epochs) + 1):
         loss, accuracy = epochs[number - 1]
-        is_best = verdict.judge(number, loss, accuracy)
+        is_best = stopping.judge(number, loss, accuracy)
         seen = epochs[:number]
         highest = max(a for _, a in seen)
         lowest_of_best = min(loss for loss, a in seen if a == highest)
         best = 1 + seen.index((lowest_of_best, highest))
-        assert verdict.best_epoch == best
+        assert stopping.best_epoch == best
         assert is_best == (best == number)
-        assert (verdict.best_acc, verdict.best_loss) == (highest, lowest_of_best)
+        assert (stopping.best_acc, stopping.best_loss) == (highest, lowest_of_best)
         lowest_at = 1 + [loss for loss, _ in seen].index(min(loss for loss, _ in seen))
-        assert verdict.should_stop == (number - lowest_at >= patience)
+        assert stopping.should_stop == (number - lowest_at >= patience)
 
 
 def test_random_layers_learn_at_the_rate_of_the_head() -> None:
     """A smaller rate protects what pretraining gave; without it there is nothing to protect."""
     for weights, share in (("imagenet", 0.2), ("none", 1.0)):
-        run = make_run(weights=weights, learning_rate=0.1, backbone_rate=0.2)
+        run = make_run(weights=weights, learning_rate=0.1, backbone_lr_scale=0.2)
         assert [group["lr"] for group in run.optimizer.param_groups] == [0.1, 0.1 * share]
         sizes = [len(group["params"]) for group in run.optimizer.param_groups]
         assert sizes == [2, len(list(run.trained.parameters())) - 2]
 
 
-def test_a_run_is_done_after_its_epochs_or_when_the_verdict_says_so() -> None:
+def test_a_run_is_done_after_its_epochs_or_when_it_stops_early() -> None:
     run = make_run(epochs=3, early_stopping_patience=1)
     assert not run.is_done
     run.progress.epoch = 3
     assert run.is_done
     run.progress.epoch = 2
-    run.verdict.judge(1, 1.0, 0.5)
+    run.early_stopping.judge(1, 1.0, 0.5)
     assert not run.is_done
-    run.verdict.judge(2, 1.0, 0.6)
+    run.early_stopping.judge(2, 1.0, 0.6)
     assert run.is_done
 
 
@@ -241,14 +235,41 @@ def test_the_micro_batch_halves_when_memory_runs_out_and_for_no_other_reason() -
 # Progress and the whole state -----------------------------------------------------------------
 
 
-def test_progress_sums_and_starts_anew() -> None:
+def step(loss: float, correct: int, count: int) -> torch.Tensor:
+    return torch.tensor([loss, correct, count, math.isfinite(loss)])
+
+
+def alone(*values: float) -> list[float]:
+    return list(values)
+
+
+def test_progress_sums_when_it_is_read_and_starts_anew() -> None:
     progress = Progress()
-    progress.add(3.0, 2, 4, seconds=0.5)
-    progress.add(1.0, 1.0, 2.0, seconds=1.5)
-    assert (progress.batch, progress.loss_sum, progress.correct, progress.count) == (2, 4.0, 3, 6)
-    assert progress.seconds == 2.0
+    progress.add(step(3.0, 2, 4), seconds=0.5)
+    progress.add(step(1.0, 1, 2), seconds=1.5)
+    assert (progress.batch, progress.count) == (2, 0)
+    assert progress.read(alone) == 0
+    assert (progress.loss_sum, progress.correct, progress.count) == (4.0, 3, 6)
+    assert progress.seconds == 2.0 and progress.read(alone) == 0
     progress.finish_epoch({"val_loss": 1.0})
     assert progress == Progress(epoch=1, history=[{"val_loss": 1.0}])
+
+
+def test_the_first_batch_that_is_not_finite_is_named() -> None:
+    progress = Progress()
+    for loss in (1.0, 2.0):
+        progress.add(step(loss, 1, 2), 1.0)
+    assert progress.read(alone) == 0
+    for loss in (3.0, math.nan, math.inf, 4.0):
+        progress.add(step(loss, 1, 2), 1.0)
+    assert progress.read(alone) == 4
+
+
+def test_nothing_is_saved_that_was_not_read() -> None:
+    progress = Progress()
+    progress.add(step(1.0, 1, 2), 1.0)
+    with pytest.raises(AssertionError):
+        progress.state()
 
 
 def test_the_state_is_a_copy_that_training_does_not_change() -> None:
@@ -271,11 +292,11 @@ def test_a_plain_copy_is_contiguous_and_on_the_cpu() -> None:
 
 def test_a_resumed_run_may_have_another_patience() -> None:
     run = make_run(early_stopping_patience=5)
-    run.verdict.judge(1, 1.0, 0.5)
-    run.verdict.judge(2, 2.0, 0.5)
+    run.early_stopping.judge(1, 1.0, 0.5)
+    run.early_stopping.judge(2, 2.0, 0.5)
     later = make_run(early_stopping_patience=1)
     later.restore(run.state())
-    assert later.verdict == Verdict(1, 1, 0.5, 1.0, 1.0, 1)
+    assert later.early_stopping == EarlyStopping(1, 1, 0.5, 1.0, 1.0, 1)
     assert later.is_done
 
 
@@ -300,14 +321,9 @@ def test_the_fingerprint_changes_with_the_images_and_not_with_their_folder() -> 
     assert len(prints) == 6
 
 
-@pytest.mark.parametrize(
-    ("flags", "changes"),
-    [({}, False), ({"batch_norm": "trained"}, True), ({"weights": "none"}, True)],
-)
-def test_batch_norm_keeps_its_pretrained_statistics_unless_told_or_without_any(
-    flags: dict[str, str], changes: bool
-) -> None:
-    run = make_run(**flags)
+@pytest.mark.parametrize(("weights", "changes"), [("imagenet", False), ("none", True)])
+def test_batch_norm_keeps_the_statistics_that_pretraining_gave(weights: str, changes: bool) -> None:
+    run = make_run(weights=weights)
     before = copy.deepcopy(dict(run.trained.named_buffers()))
     run.train_mode()
     run.trained(torch.rand(4, 2, 5, 5))

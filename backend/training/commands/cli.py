@@ -1,0 +1,210 @@
+"""The command line: flags in, one of the commands run, errors told in one line, exit codes out."""
+
+import argparse
+import io
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from app.ml.artifacts import ArtifactError, ModelRecord, SaveError
+from app.ml.model import WeightsError
+from app.ml.predictor import load_model_for_inference
+from app.ml.preprocessing import ImageError
+from training.commands.compare import compare_versions
+from training.commands.console import log_release
+from training.commands.predict import predict_paths
+from training.compute.devices import choose_device, prepare_machine
+from training.compute.distributed import losses_explained
+from training.config import (
+    TrainingConfig,
+    config_from_args,
+    flag_names,
+    make_parser,
+    without_password,
+)
+from training.errors import ConfigError, TrainingError
+from training.run.checkpoints import run_folders
+from training.run.signals import Interrupted
+
+SCRIPT = ["python", "backend/train_model.py"]
+SYNC_SECONDS = 120
+KNOWN_ERRORS = (TrainingError, ArtifactError, WeightsError, ImageError, OSError)
+
+logger = logging.getLogger(__name__)
+
+Train = Callable[[TrainingConfig, str], ModelRecord | None]
+DryRun = Callable[[TrainingConfig, str], None]
+
+
+def run_command_line(
+    argv: Sequence[str] | None, description: str | None, train: Train, dry_run: DryRun
+) -> int:
+    """Do what the arguments ask for.
+
+    Returns the exit code: 0 done, 1 failed, 2 a bad flag, 128 + N stopped by signal N.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = make_cli(description)
+    options = parser.parse_args(arguments)
+    set_up_output()
+    script = SCRIPT if argv is not None else started_as(len(arguments))
+    try:
+        config = config_from_args(options)
+        check_options(options)
+        return run_command(options, config, shown([*script, *arguments]), train, dry_run)
+    except ConfigError as error:
+        parser.error(without_password(str(error)))
+    except Interrupted as interrupted:
+        resume = resume_command(script, arguments)
+        logger.info("stopped by %s; resume with: %s", interrupted, resume)
+        return interrupted.exit_code
+    except KeyboardInterrupt:
+        logger.info("stopped before there was anything to save")
+        return 130
+    except SaveError as error:
+        hint = ""
+        if run_folders(config.checkpoint_dir):
+            resume = resume_command(script, arguments)
+            hint = f"; no retraining needed: {resume} evaluates and saves"
+        logger.error("%s%s", without_password(str(error)), hint)
+        return 1
+    except KNOWN_ERRORS as error:
+        logger.error("%s", without_password(str(error)))
+        return 1
+    except MemoryError:
+        logger.error("memory ran out; close other programs, or lower --batch_size or --num_workers")
+        return 1
+
+
+def run_command(
+    options: argparse.Namespace, config: TrainingConfig, command: str, train: Train, dry_run: DryRun
+) -> int:
+    """Run the one command that the options name; training is the default."""
+    if options.sync_mlflow:
+        return sync(Path(options.sync_mlflow))
+    if options.predict:
+        return predict(options, config)
+    if options.compare:
+        logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
+    elif config.dry_run:
+        dry_run(config, command)
+    elif released := train(config, command):
+        log_release(released, config)
+    return 0
+
+
+def make_cli(description: str | None) -> argparse.ArgumentParser:
+    """The flags of TrainingConfig, and those that use a model rather than train one."""
+    parser = make_parser(description)
+    using = parser.add_argument_group("using it")
+    using.add_argument(
+        "--predict",
+        nargs="+",
+        metavar="PATH",
+        help="say what is on these pictures, or on all pictures in these folders (a table in "
+        "predictions.csv)",
+    )
+    using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
+    using.add_argument(
+        *flag_names("model_version"),
+        type=version_number,
+        metavar="VERSION",
+        help="the version to use (default: the current one)",
+    )
+    using.add_argument(
+        "--compare",
+        nargs=2,
+        type=version_number,
+        metavar="VERSION",
+        help="how the second version differs from the first on the test images of both",
+    )
+    using.add_argument(
+        *flag_names("sync_mlflow"),
+        metavar="RUN_DIR",
+        help="bring MLflow in sync with a run's record",
+    )
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that are wrong in themselves or together."""
+    if options.top_k < 1:
+        raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
+    if options.predict and options.compare:
+        raise ConfigError("--predict and --compare: one at a time")
+
+
+def version_number(text: str) -> int:
+    """Parse "N" or "vN"."""
+    digits = text.removeprefix("v")
+    if not (digits.isascii() and digits.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text}: must be a version, such as 3 or v3")
+    return int(digits)
+
+
+def set_up_output() -> None:
+    """Log to stderr, and let no character stop a line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a console may not encode every character
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs its font cache
+
+
+def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
+    """Say what a released model sees on pictures; the exit code."""
+    prepare_machine()
+    device = choose_device(config.device, 0)
+    model = load_model_for_inference(config.output_dir, options.model_version, device)
+    with losses_explained(hint=""):
+        return predict_paths(
+            model,
+            options.predict,
+            top_k=options.top_k,
+            csv_path=None,
+            device=device,
+            num_workers=config.num_workers,
+        )
+
+
+def sync(run_dir: Path) -> int:
+    """Bring MLflow in sync with a run's record; 0 if it is."""
+    from training.run.mlflow_mirror import sync  # imports mlflow, which training itself never does
+
+    result = sync(run_dir, deadline_seconds=SYNC_SECONDS)
+    logger.info("%s", result.message)
+    return 0 if result.level else 1
+
+
+# Commands as they are printed -----------------------------------------------------------------
+
+
+def started_as(num_arguments: int) -> list[str]:
+    """The words before this process's arguments, with torchrun if it started the process."""
+    words = sys.orig_argv[: len(sys.orig_argv) - num_arguments]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return [Path(words[0]).name, *words[1:]] if words else SCRIPT
+    options = [f"--nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"]
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if local != world:
+        options.append(f"--nnodes={os.environ.get('GROUP_WORLD_SIZE', '1')}")
+    return ["torchrun", *options, sys.argv[0]]
+
+
+def resume_command(script: Sequence[str], arguments: Sequence[str]) -> str:
+    """The command that continues where the one with these arguments stopped."""
+    kept = [argument for argument in arguments if not argument.startswith("--resume=")]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    return shown([*script, *kept, "--resume", "auto"])
+
+
+def shown(command: Sequence[str]) -> str:
+    """Quote a command for the shell that people have here; passwords are masked."""
+    quoted = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
+    return without_password(quoted)
