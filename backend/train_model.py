@@ -241,7 +241,7 @@ def train_epoch(
             bar.update(batch.num_images)
             if keeper.check():
                 bar.show(progress)
-    keeper.read_progress()
+    keeper.check(is_last=True)
     if not progress.count:
         raise TrainingError("no training image could be read; see the log")
     return progress.loss_sum / progress.count, progress.correct / progress.count
@@ -415,6 +415,8 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     Returns None in processes that only helped (rank above 0).
     """
     processes = join_processes(config.device)
+    if not processes.is_main:
+        logging.disable(logging.WARNING)
     device = choose_device(config.device, processes.local_rank)
     prepare_machine()
     log_settings(config)

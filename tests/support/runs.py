@@ -183,6 +183,7 @@ def live(
     torch.set_num_threads(1)
     checkpointer.CHECKPOINT_SECONDS = save_seconds  # type: ignore[assignment]
     checkpointer.READ_SECONDS = 0  # type: ignore[assignment]
+    checkpointer.AGREE_BATCHES = 1  # type: ignore[assignment]
     prepare()
     if trap:
         set_trap(trap)

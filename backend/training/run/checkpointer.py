@@ -42,14 +42,16 @@ class Checkpointer:
             self._copies.close()
         self.stop.close()
 
-    def check(self) -> bool:
+    def check(self, *, is_last: bool = False) -> bool:
         """After each batch: save when it is time. True if the progress was read on the way.
+
+        is_last: of an epoch, after which the progress is always read.
 
         Raises:
             Interrupted: a signal came, here or to another process; the checkpoint is written.
             TrainingError: the loss is no longer finite.
         """
-        if not self._is_due():
+        if not (is_last or self._is_due()):
             return False
         self._read_at = time.monotonic()
         is_time = self._read_at - self._saved_at > CHECKPOINT_SECONDS

@@ -27,7 +27,7 @@ class CheckpointCopies:
         self.checkpoint_dir, self.copy_dir = checkpoint_dir, copy_dir
         self._verified: set[Path] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-copies")
-        self._job: Future[None] | None = None
+        self._job: Future[bool] | None = None
         self._newest: Path | None = None
 
     def restore(self) -> None:
