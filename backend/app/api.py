@@ -18,7 +18,7 @@ from app.ml.predictor import ClassProbability
 from app.nutrition import food_facts, food_table
 from app.schemas import Food, FoodPrediction, Health, ModelInfo, Ready, TopPrediction
 from app.settings import Integer
-from app.uploads import FIELD, UploadMemory, check_content_type, photo_in
+from app.uploads import FIELD, UploadMemory, check_content_type, take_photo
 
 router = APIRouter()
 token_of = HTTPBearer(auto_error=False, description="the server's NUTRILEARN_RELOAD_TOKEN")
@@ -69,7 +69,7 @@ async def predict(
     body: Annotated[bytearray, Depends(uploaded)], request: Request, service: Service
 ) -> FoodPrediction:
     """The photo is decoded in memory, answered and forgotten; nothing of it is stored or logged."""
-    photo = partial(photo_in, body, request.headers["content-type"])
+    photo = partial(take_photo, body, request.headers["content-type"])
     prediction, record = await unless_gone(request, service.predict(photo))
     best = prediction.top[0]
     facts = food_facts(best.class_name)

@@ -108,6 +108,7 @@ class RequestMiddleware:
             if answer.started and not answer.complete:
                 raise
             if not answer.started:
+                body.deadline = time.monotonic() + 1
                 await error_response(scope, "stopping")(scope, body, answer)
         except Exception as error:
             if answer.started:

@@ -46,17 +46,18 @@ class UploadMemory:
         Raises:
             OverloadedError: all bodies together would be larger than they may be.
         """
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async for piece in request.stream():
                 if self.held + len(piece) > self.max_bytes:
                     raise OverloadedError("too many uploads are under way; try again in a moment")
                 body += piece
+                size += len(piece)
                 self._hold(len(piece))
             yield body
         finally:
-            self._hold(-len(body))
-            body.clear()  # a dropped job keeps it until its turn would have come
+            self._hold(-size)
+            body.clear()  # a job that was dropped keeps it until its turn would have come
 
     def _hold(self, num_bytes: int) -> None:
         self.held += num_bytes
@@ -78,8 +79,8 @@ def check_content_type(content_type: str) -> None:
         )
 
 
-def photo_in(body: bytearray, content_type: str) -> bytes:
-    """Return the photo's bytes.
+def take_photo(body: bytearray, content_type: str) -> bytes:
+    """Return the photo's bytes, and empty the body: two copies of a large photo are enough.
 
     Raises:
         MalformedFormError: a form that is cut off or broken.
@@ -87,12 +88,15 @@ def photo_in(body: bytearray, content_type: str) -> bytes:
     """
     kind, options = parse_options_header(content_type)
     if kind != FORM_TYPE:
-        return bytes(body)
+        photo = bytes(body)
+        body.clear()
+        return photo
     try:
         form = _Form(options.get(b"boundary", b""))
         form.parse(body)
     except FormParserError as error:
         raise MalformedFormError(f"the form is not valid multipart: {error}") from error
+    body.clear()
     return form.photo()
 
 

@@ -3,10 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.support.cpu_groups import cpu_group
 
 from app.ml import machine
 
@@ -160,30 +160,15 @@ def test_free_shared_memory_is_what_dev_shm_has_left() -> None:
 # A real group ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def real_group() -> Iterator[Path]:
-    """A CPU group of 1.2 cores; skips where this user may not make one."""
-    folder = Path("/sys/fs/cgroup/cpu") / f"nutrilearn-test-{os.getpid()}"
-    try:
-        folder.mkdir()
-    except OSError:
-        pytest.skip("needs the right to make a control group of version 1")
-    try:
-        (folder / "cpu.cfs_quota_us").write_text("120000")
-        yield folder
-    finally:
-        folder.rmdir()
-
-
-def test_a_process_in_a_real_group_sees_its_quota(real_group: Path) -> None:
-    code = (
-        "import os, sys\n"
-        f"open({str(real_group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
-        f"sys.path.insert(0, {str(BACKEND)!r})\n"
-        "from app.ml.machine import cpu_quota, num_cores\n"
-        "print(cpu_quota(), num_cores() == min(2, len(os.sched_getaffinity(0))))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
+def test_a_process_in_a_real_group_sees_its_quota() -> None:
+    with cpu_group(1.2) as group:
+        code = (
+            "import os, sys\n"
+            f"open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+            f"sys.path.insert(0, {str(BACKEND)!r})\n"
+            "from app.ml.machine import cpu_quota, num_cores\n"
+            "print(cpu_quota(), num_cores() == min(2, len(os.sched_getaffinity(0))))"
+        )
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout == "1.2 True\n", result.stderr
