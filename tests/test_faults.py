@@ -593,7 +593,7 @@ def broken_mlflow(
     "fault",
     ["none", "refused", "silent", "killed", "locked", "removed", "disk full", "not installed"],
 )
-def test_mlflow_stops_no_run_and_is_level_once_it_works(
+def test_mlflow_stops_no_run_and_is_in_sync_once_it_works(
     fault: str,
     tmp_path: Path,
     photos: Path,
@@ -601,11 +601,11 @@ def test_mlflow_stops_no_run_and_is_level_once_it_works(
     small_disk: Callable[[float], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With the real thing, servers included; test_tracking.py has the same in small."""
+    """With the real thing, servers included; test_mlflow_mirror.py has the same in small."""
     port, database = free_port(), small_disk(30) / "mlflow.db"
     with broken_mlflow(fault, port, database) as (uri, break_it):
         if break_it:
-            later = functools.partial(when_mlflow_is_level, tmp_path, break_it)
+            later = functools.partial(when_mlflow_is_in_sync, tmp_path, break_it)
             after(monkeypatch, train_model, "gradients", 6, later)
         assert train(tmp_path, photos, tracking_uri=uri) == 0
     assert outcome(tmp_path) == undisturbed
@@ -621,10 +621,12 @@ def test_mlflow_stops_no_run_and_is_level_once_it_works(
     assert (sorted(points), statuses) == ([(1,), (2,), (3,)], [("FINISHED",)])
 
 
-def when_mlflow_is_level(folder: Path, act: Callable[[], object]) -> None:
+def when_mlflow_is_in_sync(folder: Path, act: Callable[[], object]) -> None:
     """Wait until MLflow has the first epoch, which is no time that a fault adds."""
     began = time.perf_counter()
-    eventually(lambda: any("level" in log.read_text() for log in folder.glob("runs/*/mlflow.log")))
+    eventually(
+        lambda: any("in sync" in log.read_text() for log in folder.glob("runs/*/mlflow.log"))
+    )
     COSTS[folder].seconds -= time.perf_counter() - began
     act()
 

@@ -7,7 +7,6 @@ off the command line: the constants of the recipe, which docs/experiments.md mea
 import argparse
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, NoReturn
 
 from app.ml.model import BACKBONES
 from training.errors import ConfigError
+from training.uris import sqlite_uri, without_password
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -185,8 +185,7 @@ class TrainingConfig:
     experiment_name: str = setting(
         "tracking", "nutrilearn-food-training", TEXT, "MLflow experiment")
     tracking_uri: str = setting(
-        "tracking", f"sqlite:///{(REPOSITORY / 'mlflow.db').as_posix()}", TEXT,
-        "MLflow server or database")
+        "tracking", sqlite_uri(REPOSITORY / "mlflow.db"), TEXT, "MLflow server or database")
     no_mlflow: bool = setting(
         "tracking", False, SWITCH, "keep the record in metrics.jsonl only")
     # fmt: on
@@ -220,11 +219,6 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value
-
-
-def without_password(text: str) -> str:
-    """Mask the password of any URI in a text, so that it may be shown."""
-    return re.sub(r"(://[^/\s:@]*):[^/\s@]*@", r"\1:***@", text)
 
 
 # The command line -----------------------------------------------------------------------------

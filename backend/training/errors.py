@@ -19,3 +19,7 @@ class CheckpointError(TrainingError):
 
 class VerificationError(TrainingError):
     """The saved model does not answer as the trained one did."""
+
+
+class TrackingError(TrainingError):
+    """MLflow cannot store what the record of a run says."""

@@ -24,11 +24,12 @@ from training.config import (
     config_from_args,
     flag_names,
     make_parser,
-    without_password,
 )
 from training.errors import ConfigError, TrainingError
 from training.run.checkpoints import run_folders
+from training.run.mlflow_sync import sync
 from training.run.signals import Interrupted
+from training.uris import without_password
 
 SCRIPT = ["python", "backend/train_model.py"]
 SYNC_SECONDS = 120
@@ -85,7 +86,7 @@ def run_command(
 ) -> int:
     """Run the one command that the options name; training is the default."""
     if options.sync_mlflow:
-        return sync(Path(options.sync_mlflow))
+        return sync_run(Path(options.sync_mlflow), options.tracking_uri)
     if options.predict:
         return predict(options, config)
     if options.compare:
@@ -125,7 +126,7 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
     using.add_argument(
         *flag_names("sync_mlflow"),
         metavar="RUN_DIR",
-        help="bring MLflow in sync with a run's record",
+        help="sync MLflow with a run's record (--tracking_uri: with this store)",
     )
     return parser
 
@@ -171,13 +172,11 @@ def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
         )
 
 
-def sync(run_dir: Path) -> int:
-    """Bring MLflow in sync with a run's record; 0 if it is."""
-    from training.run.mlflow_mirror import sync  # imports mlflow, which training itself never does
-
-    result = sync(run_dir, deadline_seconds=SYNC_SECONDS)
+def sync_run(run_dir: Path, tracking_uri: str | None) -> int:
+    """Sync MLflow with a run's record; 0 if it is in sync."""
+    result = sync(run_dir, deadline_seconds=SYNC_SECONDS, tracking_uri=tracking_uri)
     logger.info("%s", result.message)
-    return 0 if result.level else 1
+    return 0 if result.in_sync else 1
 
 
 # Commands as they are printed -----------------------------------------------------------------

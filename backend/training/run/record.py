@@ -1,39 +1,45 @@
-"""The record of a run, and its mirror in MLflow.
+"""The record of a run: `metrics.jsonl` in its folder, and what keeps it while the run lasts.
 
-`metrics.jsonl` in the run folder is the record: one JSON object a line, appended and synced to
-disk, times in milliseconds since 1970. MLflow is its mirror, kept by a process of its own that
-follows the record: one call to a dead MLflow server blocks for minutes, a locked database for 20 s,
-and asynchronous logging loses points at exit. The trainer never imports mlflow, and nothing that
-MLflow does can stop, slow or break a run. `mlflow_mirror.sync` brings MLflow level later.
+The record is one JSON object a line, appended and synced to disk, times in milliseconds since
+1970. MLflow is its mirror (see `mlflow_mirror`): nothing it does can stop, slow or break a run.
 """
 
-from __future__ import annotations
-
+import contextlib
 import json
 import logging
 import math
 import os
-import subprocess
-import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-log = logging.getLogger(__name__)
+import torch
 
-RECORD_NAME = "metrics.jsonl"
-LOG_NAME = "mlflow.log"
-BACKEND = Path(__file__).resolve().parents[2]
-NOT_METRICS = {"event", "time", "epoch"}
+from app.ml.artifacts import ModelRecord, released_files
+from app.ml.durable import NOT_IMPLEMENTED, optional
+from training.compute.devices import system_facts
+from training.compute.distributed import Processes
+from training.config import TrainingConfig
+from training.run.checkpoints import Checkpoint
+from training.run.history import NOT_METRICS, RECORD_NAME, read_events
+from training.run.mlflow_mirror import MlflowMirror
+from training.run.signals import Interrupted
+from training.run.state import Run
+from training.uris import absolute_uri, without_password
+
+REGISTERED_NAME = "nutrilearn-food"  # the model's name in MLflow's registry
+
+logger = logging.getLogger(__name__)
 
 
 class RunRecord:
     """Appends to `metrics.jsonl`; `RunRecord(None)` keeps nothing (ranks above 0, dry runs).
 
-    A disk that cannot be written does not stop the run: lines wait in memory for the next write,
-    and after a crash `resumed` completes them from the checkpoint.
+    A disk that cannot be written does not stop the run: lines are buffered in memory for the next
+    write, and after a crash `resumed` completes them from the checkpoint.
     """
 
     def __init__(self, run_dir: Path | None) -> None:
@@ -42,16 +48,17 @@ class RunRecord:
         self._failing = False
         self._length: int | None = None  # bytes of whole lines in the file
         self._repair = False
-        events: list[dict[str, Any]] = []
-        if self._path:
-            try:
-                events = read_events(self._path)
-            except OSError as error:
-                log.warning(
-                    "%s cannot be read (%s); new lines are appended to it.", self._path, error
-                )
+        events = self._read()
         self._epochs = {event["epoch"] for event in events if event["event"] == "epoch"}
         self._key = next((e["run"] for e in events if e["event"] == "start"), uuid.uuid4().hex)
+        self._last_time = max((event["time"] for event in events), default=0)
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            return read_events(self._path) if self._path else []
+        except OSError as error:
+            logger.warning("cannot read %s (%s); appending to it", self._path, error)
+            return []
 
     def start(
         self,
@@ -62,26 +69,26 @@ class RunRecord:
         params: dict[str, object],
         system: dict[str, object],
     ) -> None:
-        """Notes one start of the trainer; a resumed run has several."""
-        database = database_file(tracking_uri)  # absolute, so that it is found from every folder
+        """Note one start of the trainer; a resumed run has several. Passwords are left out."""
         self._append(
             "start",
             run=self._key,
             run_name=run_name,
+            run_dir=str(self._path.resolve().parent) if self._path else None,
             experiment=experiment,
-            tracking_uri=f"sqlite:///{database.as_posix()}" if database else tracking_uri,
+            tracking_uri=without_password(absolute_uri(tracking_uri)),
             params=_plain(params),
             system=_plain(system),
         )
 
     def resumed(self, *, epoch: int, batch: int, history: list[dict[str, Any]]) -> None:
-        """Notes where the run goes on; appends the epochs of `history` that the file misses."""
+        """Note where the run continues; append the epochs of `history` that the file lacks."""
         self._append("resumed", epoch=epoch, batch=batch)
         for metrics in history:
             self.epoch(metrics)
 
     def epoch(self, metrics: dict[str, Any]) -> None:
-        """Appends one epoch (`epoch` counts from 1); one that is there already stays as it is."""
+        """Append one epoch (`epoch` counts from 1); one that is there already stays as it is."""
         number = int(metrics["epoch"])
         if number not in self._epochs:
             self._epochs.add(number)
@@ -93,37 +100,56 @@ class RunRecord:
         *,
         status: str,
         metrics: dict[str, float],
-        files: list[str],
+        files: list[Path],
         model: dict[str, Any] | None,
     ) -> None:
-        """Notes the end.
+        """Note the end.
 
-        `status` is FINISHED, FAILED or KILLED; `metrics` have names that no epoch uses; `files` are
-        absolute or relative to the run folder; `model` is {"name", "version", "files"}.
+        `status` is FINISHED, FAILED or KILLED; `metrics` have names that no epoch uses; `model` is
+        {"name", "version", "files"}. Files are written relative to the run's folder.
         """
         if model:
-            model = {**model, "files": [str(file) for file in model["files"]]}
-        numbers = _plain({key: float(value) for key, value in metrics.items()})
-        self._append("end", status=status, metrics=numbers, files=[*map(str, files)], model=model)
+            model = {**model, "files": [self._relative(file) for file in model["files"]]}
+        self._append(
+            "end",
+            status=status,
+            metrics=_plain({key: float(value) for key, value in metrics.items()}),
+            files=[self._relative(file) for file in files],
+            model=model,
+        )
+
+    def _relative(self, file: Path) -> str:
+        """The path from the run's folder: the whole project may move."""
+        try:
+            return os.path.relpath(file, self._path.parent) if self._path else str(file)
+        except ValueError:  # another drive of Windows
+            return str(file.absolute())
 
     def _append(self, event: str, **facts: object) -> None:
         if self._path is None:
             return
-        line = json.dumps({"event": event, "time": int(time.time() * 1000), **facts})
+        self._last_time = max(self._last_time, int(time.time() * 1000))  # clocks may run back
+        line = json.dumps({"event": event, "time": self._last_time, **facts})
         self._unwritten.append(line.encode() + b"\n")
         try:
             self._write(self._path, b"".join(self._unwritten))
         except OSError as error:
-            if not self._failing or event == "end":
-                log.warning(
-                    "%s cannot be written (%s); its lines wait in memory.", self._path, error
-                )
-            self._failing = True
+            self._warn(error, event)
             return
         if self._failing:
-            log.warning("%s is written again; no line was lost.", self._path)
+            logger.warning("%s is writable again; no line was lost", self._path)
         self._failing = False
         self._unwritten.clear()
+
+    def _warn(self, error: OSError, event: str) -> None:
+        lines = len(self._unwritten)
+        if event == "end":
+            logger.warning(
+                "cannot write %s (%s); its last %d lines are lost", self._path, error, lines
+            )
+        elif not self._failing:
+            logger.warning("cannot write %s (%s); buffering its lines in memory", self._path, error)
+        self._failing = True
 
     def _write(self, path: Path, lines: bytes) -> None:
         if self._length is None:  # a crash may have left half a line
@@ -135,95 +161,89 @@ class RunRecord:
         with path.open("ab") as file:
             file.write(lines)
             file.flush()
-            os.fsync(file.fileno())
+            with optional("fsync of files", NOT_IMPLEMENTED):
+                os.fsync(file.fileno())
         self._length += len(lines)
         self._repair = False
 
 
-class MlflowMirror:
-    """The trainer's handle on the mirror process; `MlflowMirror()` mirrors nothing."""
-
-    def __init__(self, run_dir: Path | None = None, process: subprocess.Popen[bytes] | None = None):
-        self._run_dir = run_dir
-        self.process = process
-
-    @classmethod
-    def launch(cls, run_dir: Path) -> MlflowMirror:
-        """Starts the process that follows the record, out of reach of the terminal's Ctrl-C."""
-        options: dict[str, Any] = {"start_new_session": True}
-        if sys.platform == "win32":
-            group, low = subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.BELOW_NORMAL_PRIORITY_CLASS
-            options = {"creationflags": group | low}
-        # A module, not a file: training/run must not become the first entry of sys.path.
-        command = [sys.executable, "-m", "training.run.mlflow_mirror", str(run_dir.resolve())]
-        path = os.pathsep.join(filter(None, [str(BACKEND), os.environ.get("PYTHONPATH")]))
-        options["env"] = {**os.environ, "PYTHONPATH": path}
-        pipe = subprocess.PIPE
-        try:
-            with (run_dir / LOG_NAME).open("ab") as own_log:
-                process = subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=own_log, **options
-                )
-        except OSError as error:
-            log.warning("The MLflow mirror cannot start (%s); training goes on without it.", error)
-            return cls(run_dir)
-        return cls(run_dir, process)
-
-    def close(self, timeout: float = 9.5) -> str | None:
-        """Says that the run is over and returns one line on where MLflow stands.
-
-        A mirror that needs more than `timeout` seconds goes on by itself for up to a minute, as
-        does one whose trainer was killed.
-        """
-        if self._run_dir is None:
-            return None
-        if self.process is None:
-            return behind(self._run_dir, "its process could not start")
-        try:
-            # A byte, and not only the end of the pipe: forked data workers may hold the pipe open.
-            answer, _ = self.process.communicate(b"\n", timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return behind(self._run_dir, f"it was not done within {timeout:g} s")
-        code = self.process.returncode
-        died = behind(self._run_dir, f"its process ended with code {code}, see {LOG_NAME}")
-        return answer.decode(errors="replace").strip() or died
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a record; half a line at its end does not count, damage is named."""
-    try:
-        *lines, _ = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            log.warning("Line %d of %s is not JSON; it was left out.", number, path)
-    return events
-
-
 def _plain(facts: Mapping[str, object]) -> dict[str, object]:
     """Values that every JSON reader knows; the others (paths, lists, nan) as their text."""
-
-    def is_plain(value: object) -> bool:
-        finite = not isinstance(value, float) or math.isfinite(value)
-        return finite and (value is None or isinstance(value, (bool, int, float, str)))
-
-    return {key: value if is_plain(value) else str(value) for key, value in facts.items()}
+    return {key: _plain_value(value) for key, value in facts.items()}
 
 
-def database_file(uri: str) -> Path | None:
-    """The file of a SQLite URI, absolute; None for any other store."""
-    scheme, _, path = uri.partition(":///")
-    return Path(path).absolute() if scheme == "sqlite" else None
+def _plain_value(value: object) -> object:
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return without_password(str(value))
 
 
-def behind(run_dir: Path, reason: str) -> str:
-    """The line that says why MLflow lacks something, and what brings it level."""
-    command = f'python backend/train_model.py --sync_mlflow "{run_dir}"'
-    return (
-        f"MLflow is behind: {reason.rstrip('.')}. "
-        f"{RECORD_NAME} is the record; to catch up run `{command}`"
+# The context around a run ---------------------------------------------------------------------
+
+
+@dataclass
+class RunEnd:
+    """How a run ended, for its record; FAILED until something better is known."""
+
+    record: RunRecord
+    config: TrainingConfig
+    history: list[dict[str, float]]
+    status: str = "FAILED"
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    model: dict[str, Any] | None = None
+
+    def finish(self, released: ModelRecord) -> None:
+        """Note the version that the run was released as."""
+        numbers = {k: v for k, v in released.metrics.items() if isinstance(v, (int, float))}
+        self.status, self.metrics = "FINISHED", numbers
+        self.metrics["training_seconds"] = sum(epoch["seconds"] for epoch in self.history)
+        self.files = released_files(self.config.output_dir, released)
+        self.model = {"name": REGISTERED_NAME, "version": released.version, "files": self.files}
+
+
+@contextlib.contextmanager
+def recording(
+    run: Run,
+    run_dir: Path,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
+    processes: Processes,
+) -> Iterator[RunEnd]:
+    """Keep metrics.jsonl and its MLflow mirror while the run lasts, however it ends."""
+    config = run.config
+    record = RunRecord(run_dir if processes.is_main else None)
+    _note_start(record, run, checkpoint, device)
+    mirrored = processes.is_main and not config.no_mlflow
+    mirror = MlflowMirror.launch(run_dir, config.tracking_uri) if mirrored else MlflowMirror()
+    end = RunEnd(record, config, run.progress.history)
+    try:
+        yield end
+    except Interrupted:
+        end.status = "KILLED"
+        raise
+    finally:
+        record.end(status=end.status, metrics=end.metrics, files=end.files, model=end.model)
+        if line := mirror.close():
+            logger.info("%s", line)
+
+
+def _note_start(
+    record: RunRecord, run: Run, checkpoint: Checkpoint | None, device: torch.device
+) -> None:
+    config, progress = run.config, run.progress
+    system = system_facts(device, config.precision)
+    logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
+    record.start(
+        run_name=run.name,
+        experiment=config.experiment_name,
+        tracking_uri=config.tracking_uri,
+        params=config.to_dict(),
+        system=system,
     )
+    if checkpoint:
+        at = (progress.epoch, progress.batch)
+        logger.info("resumed after epoch %d, batch %d: %s", *at, checkpoint.path)
+        record.resumed(epoch=progress.epoch, batch=progress.batch, history=progress.history)

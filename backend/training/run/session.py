@@ -15,7 +15,7 @@ from training.data.splits import FoodData
 from training.errors import DataError
 from training.run.checkpointer import Checkpointer
 from training.run.checkpoints import Checkpoint
-from training.run.recording import Ending, recorded
+from training.run.record import RunEnd, recording
 from training.run.resume import locked, mark_finished
 from training.run.state import Run
 
@@ -26,7 +26,7 @@ class Session:
     def __init__(
         self,
         checkpointer: Checkpointer,
-        end: Ending,
+        end: RunEnd,
         sources: tuple[FeatureSource, ...],
         closing: contextlib.ExitStack,
     ) -> None:
@@ -85,7 +85,7 @@ def session(
         checkpointer = Checkpointer(run, run_dir, processes, checkpoint)
         stack.enter_context(contextlib.closing(checkpointer))
         with contextlib.ExitStack() as closing:
-            end = closing.enter_context(recorded(run, run_dir, checkpoint, device, processes))
+            end = closing.enter_context(recording(run, run_dir, checkpoint, device, processes))
             for source in sources:
                 closing.callback(source.close)
             keeper = Session(checkpointer, end, sources, closing)

@@ -1,0 +1,134 @@
+"""The SQLite file that MLflow keeps runs in: whether it can be written, where its artifacts are."""
+
+import contextlib
+import importlib.util
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from training.errors import TrackingError
+
+ARTIFACTS_NAME = "mlartifacts"  # the folder beside the database
+LOCK_SECONDS = 4.0  # less than a trainer waits for its mirror
+CAUSES = {
+    sqlite3.SQLITE_BUSY: "another program has it locked",
+    sqlite3.SQLITE_NOTADB: "it is not a SQLite database; name another file with --tracking_uri",
+    sqlite3.SQLITE_CORRUPT: "it is damaged; restore it, or move it away to begin a new one",
+    sqlite3.SQLITE_FULL: "its disk is full",
+}
+STORED_LOCATIONS = (  # every column in which MLflow writes where artifacts are
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+
+
+def check_database(database: Path) -> None:
+    """Find out at once what MLflow takes two minutes to call "unable to open database file".
+
+    Raises:
+        TrackingError: the file cannot be written, with the cause.
+    """
+    if database.is_dir():
+        raise TrackingError(f"{database}: it is a folder; name a file with --tracking_uri")
+    try:
+        revision = _try_to_write(database)
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database}: {_cause(database, error)}") from error
+    known = _known_revisions()
+    if revision and known and revision not in known:
+        raise TrackingError(
+            f"{database}: a newer MLflow wrote it than the one installed; "
+            "pip install --upgrade mlflow"
+        )
+
+
+@contextlib.contextmanager
+def _connected(database: Path) -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(database, timeout=LOCK_SECONDS, isolation_level=None)
+    with contextlib.closing(connection):
+        yield connection
+
+
+def _try_to_write(database: Path) -> str | None:
+    """Write and roll back; return the revision of MLflow's schema, None for a new database."""
+    with _connected(database) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("CREATE TABLE nutrilearn_write_test (x)")
+        connection.execute("ROLLBACK")
+        if not _columns(connection, "alembic_version"):
+            return None
+        row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        return str(row[0]) if row else None
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    return {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+
+
+def _cause(database: Path, error: sqlite3.Error) -> str:
+    """SQLite does not say which file it may not write, nor why."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
+    if code in CAUSES:
+        return CAUSES[code]
+    for path in (database, database.parent):
+        if path.exists() and not os.access(path, os.W_OK):
+            return f"{path} is read-only for this user"
+    return str(error)
+
+
+def _known_revisions() -> set[str]:
+    """The schema revisions that the installed MLflow can read: its files are named after them.
+
+    None without an installed MLflow, which is told later.
+    """
+    package = importlib.util.find_spec("mlflow")
+    places = (package.submodule_search_locations if package else None) or []
+    files = (Path(p, "store", "db_migrations", "versions").glob("*_*.py") for p in places)
+    return {file.name.split("_")[0] for folder in files for file in folder}
+
+
+def local_folder(location: str | None) -> Path | None:
+    """Return the folder of a `file:` URI or a plain path; None for any other artifact location."""
+    parts = urlsplit(location or "")
+    if parts.scheme == "file":
+        return Path(url2pathname(parts.path))
+    return Path(location) if location and not parts.scheme else None
+
+
+def relocate_artifacts(database: Path) -> Path | None:
+    """Tell MLflow where its artifacts are now, if the project was moved; return where they were.
+
+    MLflow stores absolute locations, has no call to change them, and would make the old folder
+    anew. A location that still exists is left as it is.
+    """
+    home = (database.parent / ARTIFACTS_NAME).as_uri()
+    with _connected(database) as connection:
+        if not _columns(connection, "experiments"):
+            return None
+        rows = connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall()
+        old = {location: local_folder(location) for (location,) in rows if location != home}
+        gone = {
+            location: folder
+            for location, folder in old.items()
+            if folder and folder.name == ARTIFACTS_NAME and not folder.exists()
+        }
+        for location in gone:
+            _replace_location(connection, location, home)
+    return next(iter(gone.values()), None)
+
+
+def _replace_location(connection: sqlite3.Connection, old: str, new: str) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    for table, column in STORED_LOCATIONS:
+        if column in _columns(connection, table):
+            connection.execute(
+                f"UPDATE {table} SET {column} = ? || substr({column}, ?) "
+                f"WHERE {column} = ? OR substr({column}, 1, ?) = ?",
+                (new, len(old) + 1, old, len(old) + 1, f"{old}/"),
+            )
+    connection.execute("COMMIT")
