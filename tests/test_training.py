@@ -5,6 +5,8 @@ import functools
 import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,14 @@ from tests.support.short_runs import (
     train,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_model
 from app.ml.artifacts import read_record
 from app.ml.model import build_model
 from training.compute import features
+from training.data import loader
+from training.data.loader import Images, Sample, SampleKey
 from training.run import checkpointer, checkpoints
 from training.run.checkpoints import load_checkpoint
 from training.run.state import Run
@@ -399,3 +404,105 @@ def test_two_processes_train_as_one_does(tmp_path: Path, photos: Path) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=0.02, atol=2 / 27)
     assert (two / "log-1").read_text() == ""
     assert len(list((two / "runs").iterdir())) == 2  # the image cache and one run
+
+
+# Signals and readers that hang ----------------------------------------------------------------
+
+
+@needs_fork
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGQUIT", "SIGUSR1", "SIGXCPU"])
+def test_every_signal_that_ends_a_process_saves_first(
+    name: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal that closes, Ctrl-backslash, a cluster that announces the end of a time slice."""
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        after(patch, train_model, "gradients", 2, send(number))
+        assert train(tmp_path, photos, "--resume", "auto") == 128 + number
+    (newest,) = tmp_path.glob("runs/*/checkpoint-*.pt")
+    assert load_checkpoint(newest).state["batch"] == 2
+
+
+@needs_fork
+def test_under_nohup_a_terminal_that_closes_stops_nothing(
+    tmp_path: Path, photos: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        after(monkeypatch, train_model, "gradients", 2, send(signal.SIGHUP))
+        assert train(tmp_path, photos) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert outcome(tmp_path) == undisturbed
+
+
+class Hanging(Images):
+    """Reads some batches and then hangs, as a reader that lost its batch does."""
+
+    def __init__(self, paths: tuple[str, ...], *values: Any) -> None:
+        super().__init__(paths, crop=values[2])
+
+    def _read(self, key: SampleKey, path: str) -> Sample:  # noqa: ARG002
+        if key.position == 0 and key.image % 2:
+            time.sleep(SECONDS)
+        return Sample(key, torch.zeros(3, self.crop, self.crop, dtype=torch.uint8))
+
+
+@needs_fork
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_a_signal_is_obeyed_while_a_reader_hangs(
+    num_workers: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.compute.features.TrainImages", Hanging)
+    alarm = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.start()
+    began = time.monotonic()
+    assert train(tmp_path, photos, "--num_workers", num_workers) == 143
+    assert time.monotonic() - began < 60
+    assert list(tmp_path.glob("runs/*/checkpoint-*.pt"))
+    alarm.cancel()
+
+
+@needs_fork
+def test_a_reader_that_hangs_ends_the_run_in_one_line(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("training.compute.features.TrainImages", Hanging)
+    monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
+    assert train(tmp_path, photos, "--num_workers", "1") == 1
+    assert "a process that reads images died or hangs" in caplog.messages[-1]
+    assert "--shm-size" in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+
+
+# What a step must not do ----------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for the device, or processes for each other."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, values: Any = (), named: Any = None
+    ) -> Any:
+        name = str(function)
+        self.count += "_local_scalar_dense" in name or name.startswith("c10d")
+        return function(*values, **(named or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_update_never_waits_for_the_device(
+    precision: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 50 updates: nothing is read back, and nothing is exchanged but gradients."""
+    step, updates = train_model.train_step, []
+
+    def counted(*values: Any) -> torch.Tensor:
+        with Reads() as reads:
+            result = step(*values)
+        updates.append(reads.count)
+        return result
+
+    monkeypatch.setattr(train_model, "train_step", counted)
+    assert train(tmp_path, photos, "--epochs", "13", "--precision", precision) == 0
+    assert len(updates) >= 50 and not any(updates)

@@ -1,4 +1,4 @@
-"""Which networks there are, how one is built, and how it is cut into a frozen and a trained part.
+"""The backbones: how each is built, pretrained, and split into a frozen and a trained part.
 
 A model here is the plain torchvision (or timm) module, so that its state_dict loads without this
 project. Freezing, folding and precision are how a network is run, never what is saved.
@@ -20,14 +20,14 @@ State = dict[str, Tensor]
 
 
 class WeightsError(RuntimeError):
-    """Pretrained weights that cannot be had or do not fit; the message gives the ways out."""
+    """Pretrained weights that are not available or do not fit; the message gives the options."""
 
 
 @dataclass(frozen=True)
 class Backbone:
     """One row of `BACKBONES`.
 
-    build: num_classes -> the library's module, randomly initialised.
+    build: num_classes -> the library's module, randomly initialized.
     layers: the module's stem and top-level blocks in forward order, with their names; they, a
         global average pool and the head are the whole network.
     head: dotted name of the classifying nn.Linear.
@@ -43,7 +43,7 @@ class Backbone:
 
 
 def build_model(model_name: str, num_classes: int) -> nn.Module:
-    """The randomly initialised network with a head of num_classes logits.
+    """Build the randomly initialized network with a head of num_classes logits.
 
     Raises:
         ValueError: an unknown name, with the known ones listed.
@@ -58,13 +58,18 @@ def build_model(model_name: str, num_classes: int) -> nn.Module:
 
 
 def backbone(model_name: str) -> Backbone:
+    """Look a backbone up.
+
+    Raises:
+        ValueError: an unknown name, with the known ones listed.
+    """
     if model_name not in BACKBONES:
         raise ValueError(f"unknown model {model_name!r}; known: {', '.join(BACKBONES)}")
     return BACKBONES[model_name]
 
 
 def head_linear(model: nn.Module, model_name: str) -> nn.Linear:
-    """The layer whose out_features is the number of classes and in_features is num_features."""
+    """Return the layer whose out_features is num_classes and whose in_features is num_features."""
     linear = model.get_submodule(backbone(model_name).head)
     assert isinstance(linear, nn.Linear)
     return linear
@@ -74,13 +79,13 @@ def head_linear(model: nn.Module, model_name: str) -> nn.Linear:
 
 
 def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
-    """Put pretrained weights into everything but the head; returns a line that says from where.
+    """Load pretrained weights into everything but the head; return a line that says from where.
 
     weights: "imagenet", "none" (leaves the random weights) or the path of a state_dict for this
     backbone with any number of classes.
 
     Raises:
-        WeightsError: they cannot be downloaded, read, or do not fit this backbone.
+        WeightsError: they cannot be downloaded or read, or do not fit this backbone.
     """
     if weights == "none":
         return "random weights: nothing pretrained (--weights none)"
@@ -99,8 +104,8 @@ def _download(model_name: str) -> State:
         return BACKBONES[model_name].imagenet()
     except (OSError, RuntimeError, ImportError) as error:
         raise WeightsError(
-            f"the ImageNet weights of {model_name} cannot be had ({error}). Ways out: connect to "
-            "the internet once (they are kept for later runs); give a file with --weights PATH; "
+            f"the ImageNet weights of {model_name} are not available ({error}). Options: connect "
+            "to the internet once (they are kept for later runs); pass a file with --weights PATH; "
             "use --model_name efficientnet_lite0, whose weights come with pip; or train from "
             "scratch with --weights none"
         ) from error
@@ -110,12 +115,12 @@ def _read(path: Path) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise WeightsError(f"--weights {path}: there is no such file") from error
+        raise WeightsError(f"--weights {path}: no such file") from error
     except Exception as error:  # torch.load raises nearly anything on damaged data
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"--weights {path}: not a readable state_dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise WeightsError(f"--weights {path}: holds no plain state_dict of tensors")
+        raise WeightsError(f"--weights {path}: is not a plain state_dict of tensors")
     return state
 
 
@@ -127,8 +132,8 @@ def _load_all_but_head(model: nn.Module, head: str, state: State, origin: str) -
     if wrong or surplus:
         raise WeightsError(
             f"{origin} do not fit this backbone: {len(wrong)} of its {len(body)} tensors are "
-            f"missing or have another shape ({', '.join(wrong[:3])}), {len(surplus)} are not its "
-            f"own ({', '.join(surplus[:3])}); check --model_name"
+            f"missing or have another shape ({', '.join(wrong[:3])}), {len(surplus)} belong to "
+            f"another one ({', '.join(surplus[:3])}); check --model_name"
         )
     model.load_state_dict({name: state[name] for name in body}, strict=False)
 
@@ -145,7 +150,7 @@ class TrainedPart(nn.Module):
         self.linear = linear
 
     def forward(self, features: Tensor, dropout_mask: Tensor | None = None) -> Tensor:
-        """What the frozen part gave -> logits (N, num_classes).
+        """Map the frozen part's output to logits (N, num_classes).
 
         dropout_mask: (N, num_features), as `dropout_mask` draws it; without one, no dropout.
         """
@@ -153,13 +158,13 @@ class TrainedPart(nn.Module):
         return self.linear(pooled if dropout_mask is None else pooled * dropout_mask)
 
     def pooled(self, features: Tensor) -> Tensor:
-        """What the head sees: (N, num_features)."""
+        """Return what the head sees: (N, num_features)."""
         features = self.layers(features)  # (N, num_features, H, W)
         return nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
 
 
 class ServedNetwork(nn.Module):
-    """The whole network as it is asked in serving; shares its tensors with the model."""
+    """The whole network as serving runs it; shares its tensors with the model."""
 
     def __init__(self, model: nn.Module, model_name: str) -> None:
         super().__init__()
@@ -167,8 +172,8 @@ class ServedNetwork(nn.Module):
         self.part = TrainedPart(layers, head_linear(model, model_name))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, 3, H, W) -> logits (N, num_classes) and what the head saw of each image,
-        (N, num_features)."""
+        """Map images (N, 3, H, W) to logits (N, num_classes) and pooled features (N, num_features),
+        which is what the head saw."""
         pooled = self.part.pooled(images)
         return self.part.linear(pooled), pooled
 
@@ -189,7 +194,7 @@ def split_model(model: nn.Module, model_name: str, freeze: int) -> tuple[nn.Modu
 
 
 def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
-    """What freezing N layers means here: which blocks, and how many parameters train."""
+    """Say what freezing N layers means here: which blocks, and how many parameters train."""
     names = [name for name, _ in backbone(model_name).layers(model)]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -202,7 +207,7 @@ def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
 
 
 def inference_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A copy to run only: eval, no gradients, batch-norm folded, channels_last, in `dtype`."""
+    """Copy for inference only: eval, no gradients, batch-norm folded, channels_last, in `dtype`."""
     module = fold_batch_norm(copy.deepcopy(module).eval()).requires_grad_(False)
     return module.to(device, dtype).to(memory_format=torch.channels_last)
 
@@ -225,7 +230,7 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
 
 
 def dropout_mask(num_images: int, num_features: int, generator: torch.Generator) -> Tensor:
-    """Inverted dropout as a factor: 0 with probability DROPOUT, else 1 / (1 - DROPOUT)."""
+    """Draw inverted dropout as a factor: 0 with probability DROPOUT, else 1 / (1 - DROPOUT)."""
     keep = torch.rand(num_images, num_features, generator=generator) >= DROPOUT
     return keep / (1 - DROPOUT)
 
@@ -316,10 +321,16 @@ def _efficientnet_lite0_imagenet() -> State:
 
 LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage; the file numbers the blocks through
 LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw"} | {
-    "_bn2": "bn2"
+LITE0_FIRST = {
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
 }
-LITE0_BLOCK = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw"} | {
+LITE0_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
     "_bn1": "bn2",
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",

@@ -55,7 +55,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
-        if (problem := _why_it_cannot_compute(device)) is None:
+        if (problem := cuda_problem(device)) is None:
             return device
         if name == "cuda":
             raise TrainingError(f"--device cuda: {problem}; use --device cpu, or another build")
@@ -67,8 +67,11 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _why_it_cannot_compute(device: torch.device) -> str | None:
-    """Try one kernel: a card that this PyTorch was not built for is there, and fails."""
+def cuda_problem(device: torch.device) -> str | None:
+    """Try one kernel and say why it fails, if it does.
+
+    A card that this PyTorch was not built for, or whose memory is taken, is there all the same.
+    """
     try:
         torch.ones(8, device=device).sum().item()
     except (RuntimeError, AssertionError) as error:

@@ -308,7 +308,7 @@ def bad_weights(tmp_path: Path, harm: str) -> Path:
         ("truncated", "not a readable state_dict"),
         ("not torch", "not a readable state_dict"),
         ("empty", "not a readable state_dict"),
-        ("missing file", "there is no such file"),
+        ("missing file", "no such file"),
     ],
 )
 def test_weights_that_cannot_be_used_are_one_line(harm: str, says: str, tmp_path: Path) -> None:

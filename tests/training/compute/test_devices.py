@@ -13,13 +13,20 @@ from hypothesis import strategies as st
 from tests.training.run.test_state import Tiny, make_run, train_steps
 from torch import nn
 
-from app.ml.model import TrainedPart, build_model, inference_copy
+from app.ml.model import TrainedPart, build_model
 from app.ml.predictor import TorchNetwork
 from app.ml.preprocessing import PreprocessConfig
-from training.compute.devices import choose_device, choose_dtype, system_facts
+from training.compute import devices
+from training.compute.devices import (
+    choose_device,
+    choose_precision,
+    prepare_machine,
+    system_facts,
+)
 from training.compute.features import FrozenPart
+from training.compute.memory import MicroBatch
 from training.data.loader import Batch
-from training.run.state import MicroBatch
+from training.errors import TrainingError
 
 BACKEND = Path(__file__).resolve().parents[3] / "backend"
 CONFIG = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -44,8 +51,8 @@ def test_property_8_everything_lands_on_the_chosen_device(
 ) -> None:
     device, model = torch.device(name), Tiny()
     first = nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
-    module = inference_copy(first, device, dtype)
-    part = FrozenPart(module, CONFIG, device, dtype, MicroBatch(64))
+    part = FrozenPart(first, CONFIG, device, dtype, MicroBatch(64))
+    module = part.module
     pixels = torch.randint(0, 256, (num_images, 3, side, side), dtype=torch.uint8)
     color = torch.zeros(num_images, 4) if augmented else None
     numbers = torch.arange(num_images)
@@ -80,10 +87,15 @@ def test_what_trains_is_where_its_average_and_its_moments_are() -> None:
 
 
 def with_hardware(
-    monkeypatch: pytest.MonkeyPatch, *, cuda: bool = False, mps: bool = False
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    cuda: bool = False,
+    mps: bool = False,
+    problem: str | None = None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(devices, "cuda_problem", lambda _: problem)
 
 
 @pytest.mark.parametrize(
@@ -120,50 +132,83 @@ def test_what_is_not_there_falls_back_to_the_cpu_with_one_line(
     assert f"--device {name}" in message and "CPU" in message and "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
-)
-@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-def test_a_precision_that_is_asked_for_is_taken(
-    precision: str, dtype: torch.dtype, device: str
+OLD_CARD = "GTX 1080 cannot compute with PyTorch 2 (no kernel image is available)"
+
+
+def test_a_gpu_that_cannot_compute_is_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert choose_dtype(precision, torch.device(device)) == dtype
+    """An old card, an old driver, all of its memory taken."""
+    with_hardware(monkeypatch, cuda=True, problem=OLD_CARD)
+    assert choose_device("auto", 0) == torch.device("cpu")
+    assert caplog.messages == [f"{OLD_CARD}; using the CPU"]
+    with pytest.raises(TrainingError, match=r"--device cuda: GTX 1080 .* use --device cpu"):
+        choose_device("cuda", 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that computes")
+def test_a_gpu_is_tried_with_one_kernel() -> None:
+    problem = devices.cuda_problem(torch.device("cuda", 0))
+    assert problem and "cannot compute with PyTorch" in problem and "\n" not in problem
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_a_precision_that_is_asked_for_is_taken(precision: str, device: str) -> None:
+    assert choose_precision(precision, torch.device(device)) == precision
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("capabilities", "expected"),
     [
-        ({}, torch.float32),
-        ({"avx512_f": True}, torch.float32),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({}, "fp32"),
+        ({"avx512_f": True}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
     ],
 )
 def test_auto_asks_the_cpu(
-    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert choose_dtype("auto", torch.device("cpu")) == dtype
-    assert choose_dtype("auto", torch.device("mps")) == torch.float32
+    assert choose_precision("auto", torch.device("cpu")) == expected
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
-def test_auto_asks_the_gpu(
-    native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
+def test_auto_asks_the_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def supported(including_emulation: bool) -> bool:
         assert not including_emulation
         return native
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert choose_dtype("auto", torch.device("cuda")) == dtype
+    assert choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_no_more_threads_than_cores_may_be_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Under a quota of one core, two threads train at a third of the speed of one."""
+    caplog.set_level(logging.INFO)
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setattr(devices, "num_cores", lambda: 1)
+        prepare_machine()
+        assert torch.get_num_threads() == 1 and "1 of " in caplog.text
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        prepare_machine()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_facts_name_device_and_precision(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
-    facts = system_facts(torch.device("cpu"), torch.bfloat16)
-    assert facts["device"].startswith("cpu") and facts["precision"] == "bfloat16"
+    facts = system_facts(torch.device("cpu"), "bf16")
+    assert facts["device"].startswith("cpu") and facts["precision"] == "bf16"
     assert facts["torch"] == torch.__version__ and facts["threads"] >= 1
 
 
