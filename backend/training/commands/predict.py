@@ -1,7 +1,8 @@
-"""What a released model sees: printed for single pictures, written as a CSV for folders of them."""
+"""Predictions of a released model: printed for single pictures, as a CSV for folders of them."""
 
 import contextlib
 import csv
+import glob
 import logging
 import os
 import time
@@ -15,19 +16,29 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from app.ml.predictor import FoodPredictor, Prediction
 from app.ml.preprocessing import IMAGE_EXTENSIONS, ImageError
+from training.data.folders import (
+    NOT_A_FILE,
+    Audit,
+    is_folder,
+    is_image,
+    join_names,
+    list_folder,
+    problem_with,
+    reason_of,
+    skip_by_ending,
+)
 from training.data.loader import (
     MAX_WORKERS,
     default_num_workers,
     eval_loader,
     num_cores,
 )
-from training.data.sources import is_image_name, listing, visible
 from training.errors import DataError
 
 BATCH_SIZE = 32
 PREDICTIONS_CSV = Path("predictions.csv")  # in the current folder: photos may be read-only
-FIRST_COLUMNS = "file,verdict,class_1,probability_1,"  # by which a file of ours is known
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is computed by Excel
+FIRST_COLUMNS = "file,verdict,class_1,probability_1,"  # how a file of ours begins
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel evaluates cells that begin so
 VERDICT_WORDS = {
     "confident": "confident",
     "unsure": "not sure",
@@ -46,36 +57,53 @@ def predict_paths(
     device: torch.device,
     num_workers: int | str,
 ) -> int:
-    """Answer for pictures and folders of them; the exit code.
+    """Predict pictures and folders of them; return the exit code.
 
-    It is 1 if one of the pictures that were named, or all that were found, cannot be read, and 130
-    after Ctrl-C.
+    It is 1 if a picture that was named, or every one that was found, cannot be read, and 130 after
+    Ctrl-C.
     """
     top_k = min(top_k, len(model.classes))
+    paths = [path for pattern in paths for path in expand(pattern)]
     if csv_path is None and not any(map(os.path.isdir, paths)):
-        return 1 if print_answers(model, paths, top_k) else 0
+        return 1 if print_predictions(model, paths, top_k) else 0
     csv_path = csv_path or PREDICTIONS_CSV
     check_target(csv_path)
-    images = find_images(paths)
-    answered = answers(model, images, top_k, device, reader_processes(num_workers, device))
+    audit = Audit()
+    images = find_images(paths, audit)
+    for line in audit.describe_skipped():
+        logger.info("%s", line)
+    batches = predictions(model, images, top_k, device, reader_processes(num_workers, device))
     try:
-        with contextlib.closing(answered):
-            unread = write_answers(csv_path, answered, len(images), top_k)
+        with contextlib.closing(batches):
+            unread = write_predictions(csv_path, batches, len(images), top_k)
     except KeyboardInterrupt:
-        logger.info("stopped; %s holds what was answered until then", csv_path)
+        logger.info("stopped; %s holds the predictions so far", csv_path)
         return 130
     return 1 if len(unread) == len(images) or unread & set(paths) else 0
 
 
+def expand(pattern: str) -> list[str]:
+    """Return the files that a pattern stands for, as cmd.exe hands "photos\\*.jpg" on unexpanded.
+
+    Raises:
+        DataError: there are none.
+    """
+    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+        return [pattern]
+    if matches := sorted(glob.glob(pattern)):
+        return matches
+    raise DataError(f"--predict {pattern}: no file matches")
+
+
 def reader_processes(setting: int | str, device: torch.device) -> int:
-    """Without training, reading is half of the work on a CPU: "auto" gives it half of the cores."""
+    """Resolve "auto": without training, reading is half of the work, so it gets half the cores."""
     if setting != "auto":
         return int(setting)
     return max(default_num_workers(device), min(MAX_WORKERS, num_cores() // 2))
 
 
-def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> list[str]:
-    """Print what is on each picture as a person would want to read it; those that failed."""
+def print_predictions(model: FoodPredictor, paths: Sequence[str], top_k: int) -> list[str]:
+    """Print what is on each picture, to be read by a person; return those that failed."""
     problems = {}
     for path in paths:
         try:
@@ -83,7 +111,7 @@ def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> lis
         except (ImageError, OSError) as error:
             problems[path] = str(error)
             continue
-        # backslashreplace: a file name may hold bytes that are no text
+        # backslashreplace: a file name may hold bytes that are not text
         print(os.fsencode(path).decode("utf-8", "backslashreplace"))  # noqa: T201
         for name, probability in prediction.top:
             bar = "#" * round(probability * 30)
@@ -95,37 +123,47 @@ def print_answers(model: FoodPredictor, paths: Sequence[str], top_k: int) -> lis
     return list(problems)
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
-    """Files as they are named; of folders all pictures in them and their sub-folders, by name.
+def find_images(paths: Sequence[str], audit: Audit) -> list[str]:
+    """List files as named, and every picture in folders and their sub-folders, sorted by name.
 
     Raises:
         DataError: a folder without a picture.
     """
     found: dict[str, None] = {}
     for path in paths:
-        images = list(_images_within(Path(path))) if os.path.isdir(path) else [path]
+        images = list(_images_within(Path(path), audit)) if os.path.isdir(path) else [path]
         if not images:
-            raise DataError(
-                f"{path} holds no picture; files named *{', *'.join(IMAGE_EXTENSIONS)} are read"
-            )
+            endings = ", ".join(f"*{ending}" for ending in IMAGE_EXTENSIONS)
+            problem = f"{path} holds no picture; files named {endings} are read"
+            raise DataError("; ".join([problem, *audit.describe_skipped()]))
         found |= dict.fromkeys(images)
     return list(found)
 
 
-def _images_within(folder: Path) -> Iterator[str]:
-    for entry in visible(folder):
-        if entry.is_dir(follow_symlinks=False):  # a link may lead back up
-            yield from _images_within(Path(entry.path))
-        # A link that leads nowhere is said to be unreadable; a pipe would be waited for.
-        elif is_image_name(entry.name) and (entry.is_file() or not os.path.exists(entry.path)):
+def _images_within(folder: Path, audit: Audit) -> Iterator[str]:
+    try:
+        entries = list_folder(folder)
+    except OSError as error:
+        audit.skip(folder, reason_of(error))
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _images_within(Path(entry.path), audit)
+        elif is_folder(entry):
+            audit.skip(entry.path, "a link to a folder")  # it may lead back up
+        elif not is_image(entry):
+            skip_by_ending(entry, audit)
+        elif problem_with(entry) == NOT_A_FILE:  # reading a pipe would wait forever
+            audit.skip(entry.path, NOT_A_FILE)
+        else:  # whatever else is wrong is found when it is read
             yield entry.path
 
 
-def answers(
+def predictions(
     model: FoodPredictor, images: Sequence[str], top_k: int, device: torch.device, num_workers: int
 ) -> Generator[list[tuple[str, Prediction | str]], None, None]:
-    """Each image with its prediction, or the reason why there is none; in order, by the batch."""
-    # Readers work ahead of the network: for the first batch there is nothing to be ahead of.
+    """Yield batches of images, in order, each with its prediction or the reason why it has none."""
+    # Workers read ahead while the network computes, which it does not for the first batch.
     num_workers = min(num_workers, -(-len(images) // BATCH_SIZE) - 1)
     config = model.record.preprocessing
     loader = eval_loader(tuple(images), config, BATCH_SIZE, num_workers, device)
@@ -141,10 +179,10 @@ def answers(
 
 
 def check_target(path: Path) -> None:
-    """Only a file that was written here before may be replaced.
+    """Refuse to replace any file but one of predictions.
 
     Raises:
-        OSError: it is something else, or cannot be looked into.
+        OSError: it is something else, or cannot be read.
     """
     if path.is_dir():
         raise IsADirectoryError(f"--predictions {path} is a folder; name a file in it")
@@ -154,22 +192,22 @@ def check_target(path: Path) -> None:
         start = file.read(len(FIRST_COLUMNS))
     if start not in (b"", FIRST_COLUMNS.encode()):
         raise FileExistsError(
-            f"{path} is there already and is no list of predictions, so it is kept; name another "
-            "file with --predictions"
+            f"{path} already exists and is not a list of predictions; name another file with "
+            "--predictions"
         )
 
 
-def write_answers(
+def write_predictions(
     path: Path,
     batches: Iterator[list[tuple[str, Prediction | str]]],
     num_images: int,
     top_k: int,
 ) -> set[str]:
-    """Write a row per image as answers come in, and say how it went; the images that failed."""
+    """Write a row per image as it is predicted, log a summary, and return those that failed."""
     columns = [f"{part}_{rank + 1}" for rank in range(top_k) for part in ("class", "probability")]
     counts, unread, began = Counter[str](), list[str](), time.perf_counter()
     bar = tqdm(total=num_images, unit=" images", disable=None, leave=False)
-    # backslashreplace: a file name may hold bytes that are no text
+    # backslashreplace: a file name may hold bytes that are not text
     with (
         path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         logging_redirect_tqdm(),
@@ -188,8 +226,8 @@ def write_answers(
 
 
 def _row(image: str, answer: Prediction | str, top_k: int) -> list[str]:
-    # A path that looks like a formula can only be relative; with ./ it is the same file and no
-    # formula. No class name can begin so: they are normalised where the data is read.
+    # A path that looks like a formula is relative; with ./ it is the same file and no formula. No
+    # class name begins so: they are normalized where the data is read.
     file = os.path.join(os.curdir, image) if image.startswith(FORMULA_STARTS) else image
     if isinstance(answer, str):
         return [file, "", *[""] * 2 * top_k, answer]
@@ -203,5 +241,5 @@ def _log_summary(path: Path, counts: Counter[str], unread: list[str], rate: floa
     failed = f"{len(unread):,} could not be read"
     logger.info("%s images: %s, %s; %.1f images/s", f"{total:,}", verdicts, failed, rate)
     if unread:
-        logger.warning("could not be read (the column error says why): %s", listing(unread))
+        logger.warning("could not be read (see the column error): %s", join_names(unread))
     logger.info("predictions %s", path)

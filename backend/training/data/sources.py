@@ -1,313 +1,352 @@
-"""Where images come from: folders of class folders, and Food-101 with its download.
+"""Where images come from: Food-101 with its download, folders of classes, and custom classes.
 
-Everything here lists and opens no image. A `Pools` says which images each class has.
+A data set is one reader in `READERS`: given a folder, it lists the images of each split and class,
+or returns None where the folder holds something else.
 """
 
-import hashlib
-import http.client
 import logging
 import os
 import re
-import shutil
-import socket
-import tarfile
-import tempfile
-import time
-import unicodedata
-import urllib.error
-import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets import Food101
-
-from app.ml.preprocessing import IMAGE_EXTENSIONS
+from app.ml.machine import num_cores
+from app.ml.preprocessing import ImageError, load_image
+from training.data.folders import (
+    Audit,
+    ImagesByClass,
+    class_folders,
+    images_by_class,
+    is_archive,
+    is_folder,
+    is_image,
+    is_unread_picture,
+    join_names,
+    list_folder,
+    list_images,
+    list_subfolders,
+    normalize_class_name,
+    reason_of,
+    skip_by_ending,
+)
+from training.data.food101 import clear_stale_parts, download_food101, list_food101
 from training.errors import DataError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-# Food-101's archive holds 101,000 JPEGs that hardly compress. 1,300 of them average 52.7 kB, so
-# 5.3 GB, and a file system rounds each up to its block (2 kB on average): 5.6 GB unpacked.
-ARCHIVE_GB, UNPACKED_GB = 5.0, 5.6
-STALLED_AFTER_S = 60  # no byte for so long ends the download; urllib would wait for ever
-PART_PREFIX = ".food-101-part-"
-PART_IS_STALE_S = 24 * 3600  # what a killed download left goes when no other can be at it
-# The network, torchvision's MD5 check, the archive's unpacking and its meta/ files, in this order.
-DOWNLOAD_FAILURES = (
-    *(OSError, http.client.HTTPException, RuntimeError),
-    *(tarfile.TarError, zlib.error, EOFError, ValueError),
-)
+# What people call the splits, the usual name first.
+SPLIT_NAMES = {
+    "train": ("train", "training", "train_set", "training_set", "trainset"),
+    "val": ("val", "valid", "validation", "dev", "val_set", "validation_set", "valset"),
+    "test": ("test", "testing", "evaluation", "eval", "test_set", "testset"),
+}
+ALL_SPLIT_NAMES = {name for names in SPLIT_NAMES.values() for name in names}
+MAX_DEPTH = 3  # folders between the one that is given and the one with the classes
+# Folders of years, days and cameras: "Photos from 2023", "2023-05-01", "100APPLE".
+NOT_A_DISH = re.compile(r"(.*_)?(19|20)\d\d(_\d\d?){0,2}|\d{3}[a-z_]{5}", re.ASCII)
+SAMPLE_NAME = "sample"  # a folder of drawn plates is never taken for real data
 
-JUNK = {"thumbs.db", "desktop.ini", "__macosx", "__pycache__", "@eadir", "$recycle.bin"}
-WAYS_OUT = (
-    "Try again, or go without the download: --sample draws a small set, --data_dir takes a folder "
-    "with one sub-folder of photos per class, or unpack food-101.tar.gz by hand so that {} holds "
-    "food-101/."
-)
-
-Pools = dict[str, list[str]]  # class name -> absolute paths of its images
+MIN_CUSTOM_IMAGES = 5  # leaves three to train on, beside one for validation and one for the test
+# Above this share of unreadable files, custom data is refused; below, they are named and skipped.
+MAX_UNREADABLE = 0.05
+PROGRESS_EVERY = 5000  # custom images between two lines of progress
 
 
 @dataclass
-class Findings:
-    """What is worth saying, collected on the way."""
+class Source:
+    """A data set as it was found; val or test is None where it must be taken from train."""
 
-    notes: list[str] = field(default_factory=list)
-    left_out: list[dict[str, str]] = field(default_factory=list)
-
-    def leave_out(self, path: str, reason: str) -> None:
-        self.left_out.append({"path": path, "reason": reason})
-
-
-@dataclass
-class BaseData:
-    """The base dataset; val or test is None where it has to be taken out of train."""
-
-    source: str
-    train: Pools
-    val: Pools | None
-    test: Pools | None
+    name: str
+    train: ImagesByClass
+    val: ImagesByClass | None = None
+    test: ImagesByClass | None = None
 
 
-def normalise_class_name(name: str) -> str:
-    """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left.
+def load_source(data_dir: Path, audit: Audit) -> Source:
+    """List what data_dir holds; download Food-101 into it where it holds nothing.
 
-    A name does not begin with what makes a spreadsheet compute it.
+    Raises:
+        DataError: nothing usable, or a download that failed. OSError: the folder cannot be read.
     """
-    # Unicode 3.13 D145 folds between two normalisations; otherwise a second call changes more.
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
-    return re.sub(r"[\s_\-\u2010-\u2015]+", "_", folded).lstrip("._=+@").rstrip("_")
+    if not _exists(data_dir):
+        return _food101(download_food101(data_dir), audit)
+    clear_stale_parts(data_dir)
+    seen = Audit()
+    try:
+        if source := _find_source(data_dir, seen):
+            audit.add(seen)
+            _note_dates(source.train, audit)
+            return source
+        if not _is_unused(data_dir):
+            raise DataError(_refusal(data_dir))
+    except DataError:
+        _survey(data_dir, MAX_DEPTH, audit)
+        raise
+    return _food101(download_food101(data_dir), audit)
 
 
-def listing(names: Sequence[str], limit: int = 10) -> str:
-    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _exists(folder: Path) -> bool:
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
-def shuffled(paths: Iterable[str], class_name: str, seed: int) -> list[str]:
-    """An order that depends on nothing but seed, class name and file names."""
-
-    def key(path: str) -> tuple[bytes, str]:
-        text = f"{seed}/{class_name}/{Path(path).name}"
-        return hashlib.sha256(text.encode(errors="surrogateescape")).digest(), path
-
-    return sorted(paths, key=key)
+def _find_source(data_dir: Path, audit: Audit) -> Source | None:
+    for folder in _nested(data_dir):
+        for read in READERS:
+            if source := read(folder, audit):
+                return source
+    return None
 
 
-def visible(folder: Path) -> list["os.DirEntry[str]"]:
-    """What is in a folder, sorted, without hidden files and the droppings of desktops."""
-    with os.scandir(folder) as entries:
-        kept = [e for e in entries if e.name[0] != "." and e.name.lower() not in JUNK]
-    return sorted(kept, key=lambda entry: entry.name)
+def _nested(folder: Path) -> Iterator[Path]:
+    """Yield a folder, then the only folder in it, and so on: archives unpack to one too many."""
+    for _ in range(MAX_DEPTH):
+        yield folder
+        inner = [path for path in list_subfolders(folder).values() if not _is_sample(path)]
+        if len(inner) != 1:
+            return
+        folder = inner[0]
 
 
-def subfolders(folder: Path) -> dict[str, Path]:
-    return {entry.name: Path(entry.path) for entry in visible(folder) if entry.is_dir()}
+def _is_sample(folder: Path) -> bool:
+    return folder.name == SAMPLE_NAME and (folder / "food-101").is_dir()
 
 
-def is_image_name(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def _is_unused(folder: Path) -> bool:
+    """Say whether Food-101 may be downloaded here: there is nothing like photos or an archive."""
+    return not any(_may_be_data(entry) for entry in list_folder(folder))
 
 
-def images_in(folder: Path, findings: Findings) -> list[str]:
-    """The image files directly in a folder; the rest is found to be left out."""
-    images = []
-    for entry in visible(folder):
-        if entry.is_dir():
-            findings.leave_out(entry.path, "a folder inside a class folder")
-        elif not is_image_name(entry.name):
-            findings.leave_out(entry.path, "not an image format that is read")
-        elif not (entry.is_file() and entry.stat().st_size):
-            findings.leave_out(entry.path, "an empty file or a dead link")
-        else:
-            images.append(entry.path)
+def _may_be_data(entry: "os.DirEntry[str]") -> bool:
+    if is_folder(entry):
+        return not _is_sample(Path(entry.path))
+    return is_image(entry) or is_unread_picture(entry.name) or is_archive(entry.name)
+
+
+def _refusal(data_dir: Path) -> str:
+    """Say what --data_dir needs, and what is there instead."""
+    *_, folder = _nested(data_dir)
+    message = (
+        f"{folder} has no class folder with images in it; --data_dir needs food-101/, train/ with "
+        "one folder of images per class, or the class folders themselves"
+    )
+    files = [entry for entry in list_folder(folder) if not is_folder(entry)]
+    if packed := [entry.name for entry in files if is_archive(entry.name)]:
+        message += f"; unpack {join_names(packed)} first"
+    if loose := [entry.name for entry in files if is_image(entry)]:
+        message += f"; its images lie in no class folder: {join_names(loose, 3)}"
+    if inner := [name for name, path in list_subfolders(folder).items() if _has_classes(path)]:
+        message += f"; there are folders of images in {join_names(inner)}: give one of these"
+    return message
+
+
+def _has_classes(folder: Path) -> bool:
+    try:
+        return bool(images_by_class(folder, Audit()))
+    except OSError:
+        return False
+
+
+def _survey(folder: Path, depth: int, audit: Audit) -> None:
+    """Note what is there but not read, where the whole folder is refused."""
+    try:
+        entries = list_folder(folder)
+    except OSError as error:
+        audit.skip(folder, reason_of(error))
+        return
+    for entry in entries:
+        if is_folder(entry):
+            if depth:
+                _survey(Path(entry.path), depth - 1, audit)
+        elif not is_image(entry):
+            skip_by_ending(entry, audit)
+
+
+def _note_dates(images: ImagesByClass, audit: Audit) -> None:
+    """Photo libraries export a folder per day, year or camera, which is rarely a dish."""
+    if dates := [name for name in images if NOT_A_DISH.fullmatch(name)]:
+        audit.notes.append(
+            f"warning: classes named after dates or cameras: {join_names(dates)}; move these "
+            "folders elsewhere unless they are dishes"
+        )
+
+
+# Readers --------------------------------------------------------------------------------------
+
+
+def _read_food101(folder: Path, audit: Audit) -> Source | None:
+    """Read food-101/ in a folder, or the folder itself; it has meta/ and images/."""
+    inner = folder / "food-101"
+    for place in (inner, folder):
+        if place.is_dir() and {"meta", "images"} <= list_subfolders(place).keys():
+            return _food101(place, audit)
+    if inner.is_dir() and not (inner / "food-101").is_dir():
+        raise DataError(
+            f"{inner} is incomplete (it needs meta/ and images/); delete or rename it, and the "
+            "next start downloads Food-101 again"
+        )
+    return None
+
+
+def _food101(folder: Path, audit: Audit) -> Source:
+    train, test = list_food101(folder, audit)
+    return Source(f"Food-101 in {folder}", train, None, test)
+
+
+def _read_splits(folder: Path, audit: Audit) -> Source | None:
+    """Read train/ and, beside it, val/ and test/, in any common spelling."""
+    subfolders = list_subfolders(folder)
+    found = {normalize_class_name(name): path for name, path in subfolders.items()}
+    folders = {
+        split: next(found[name] for name in names if name in found)
+        for split, names in SPLIT_NAMES.items()
+        if found.keys() & set(names)
+    }
+    if "train" not in folders:
+        return None
+    images = {split: _classes_below(path, audit) for split, path in folders.items()}
+    if not images["train"]:
+        if len(subfolders) == 1 and list_subfolders(folders["train"]):
+            return None  # this train/ may be one folder too many
+        raise DataError(_no_classes_in(folders["train"]))
+    if unused := [name for name, path in subfolders.items() if path not in folders.values()]:
+        used = ", ".join(path.name for path in folders.values())
+        audit.notes.append(f"not used, beside {used}: {join_names(unused)}")
+    name = f"image folders in {folder}"
+    return Source(name, images["train"], images.get("val") or None, images.get("test") or None)
+
+
+def _classes_below(folder: Path, audit: Audit) -> ImagesByClass:
+    """List the classes in a folder, or in the only folder in it."""
+    for inner in _nested(folder):
+        seen = Audit()
+        if images := images_by_class(inner, seen):
+            break
+    audit.add(seen)
     return images
 
 
-def class_folders(root: Path, findings: Findings) -> dict[str, list[Path]]:
-    """Normalised name -> the folders of that class; "" gathers the names that say nothing."""
-    folders = defaultdict(list)
-    for name, folder in subfolders(root).items():
-        if not name.isprintable():  # such a name fits in no JSON, so the model could not be saved
-            raise DataError(
-                f"{root} has a class folder {name!r}, whose name is not text; rename it."
-            )
-        folders[normalise_class_name(name)].append(folder)
-    for name, same in folders.items():
-        if len(same) > 1:
-            spelt = ", ".join(folder.name for folder in same)
-            findings.notes.append(f"The folders {spelt} in {root} are one class: {name}.")
-    return dict(folders)
+def _no_classes_in(train: Path) -> str:
+    message = f"{train} has no class folder with images in it"
+    if loose := [entry.name for entry in list_folder(train) if is_image(entry)]:
+        return (
+            f"{message}; move its {len(loose):,} images into folders named after their class, "
+            f"such as {train.name}/bread/{loose[0]}"
+        )
+    return f"{message}; put one folder of images per class into it"
 
 
-def load_base(data_dir: Path, findings: Findings) -> BaseData:
-    """Decide what data_dir holds, and list it; Food-101 is downloaded where nothing is.
+def _read_class_folders(folder: Path, audit: Audit) -> Source | None:
+    """Read one folder of images per class."""
+    names = {normalize_class_name(name) for name in list_subfolders(folder)}
+    if names and names <= ALL_SPLIT_NAMES - set(SPLIT_NAMES["train"]):
+        raise DataError(
+            f"{folder} has {join_names(sorted(names))} and no train/; put the training images "
+            "into train/, in one folder per class"
+        )
+    seen = Audit()
+    images = images_by_class(folder, seen)
+    if not images:
+        return None
+    audit.add(seen)
+    if odd := sorted(images.keys() & ALL_SPLIT_NAMES):
+        audit.notes.append(
+            f"warning: {join_names(odd)} counts as a class, as there is no train/ in {folder}"
+        )
+    return Source(f"image folders in {folder}", images)
+
+
+# Adding a data set means adding its reader here; the first that knows a folder lists it.
+READERS = (_read_food101, _read_splits, _read_class_folders)
+
+
+# Custom classes -------------------------------------------------------------------------------
+
+
+def load_custom(root: Path, audit: Audit) -> ImagesByClass:
+    """List the images of each custom class, each of them decoded once.
+
+    Up to 5% of unreadable files are skipped and named, as among the images of the data set. More
+    of them are an error, as is anything else that is wrong.
 
     Raises:
-        DataError: nothing usable, or a download that failed. OSError: an unreadable folder.
+        DataError: it lists every offender. OSError: the folder cannot be read.
     """
-    if not data_dir.exists():
-        return _food101(_download_food101(data_dir), findings)
-    _clear_stale_parts(data_dir)
-    folders = subfolders(data_dir)
-    for layout in filter(None, (folders.get("food-101"), data_dir)):
-        if {"meta", "images"} <= subfolders(layout).keys():
-            return _food101(layout, findings)
-    if "food-101" in folders:
-        raise DataError(
-            f"{folders['food-101']} is incomplete (it needs meta/ and images/); delete or rename "
-            "it, and the next start downloads Food-101 again."
-        )
-    # A folder with a food-101/ of its own, such as the drawn sample, is no class of this one.
-    has_classes = any("food-101" not in subfolders(folder) for folder in folders.values())
-    if has_classes or any(is_image_name(entry.name) for entry in visible(data_dir)):
-        return _image_folder(data_dir, findings)
-    return _food101(_download_food101(data_dir), findings)
-
-
-def _image_folder(data_dir: Path, findings: Findings) -> BaseData:
-    found = subfolders(data_dir)
-    parts = {part: found[part] for part in ("train", "val", "test") if part in found}
-    if "train" not in parts:
-        parts = {"train": data_dir}
-    elif unused := sorted(found.keys() - parts.keys()):
-        findings.notes.append(f"Not used, beside train/, val/ and test/: {listing(unused)}.")
-    pools = {part: _class_images(folder, findings) for part, folder in parts.items()}
-    if not pools["train"]:
-        raise DataError(
-            f"{parts['train']} has no class folder with images in it; --data_dir needs food-101/, "
-            "train/ with one folder of images per class, or the class folders themselves."
-        )
-    for part, folder in parts.items():
-        if unknown := sorted(pools[part].keys() - pools["train"].keys()):
-            raise DataError(
-                f"{folder} has classes without images in {parts['train']}: {listing(unknown)}; "
-                "add them there or remove them here."
-            )
-    source = f"Image folders in {data_dir}"
-    return BaseData(source, pools["train"], pools.get("val") or None, pools.get("test") or None)
-
-
-def _class_images(root: Path, findings: Findings) -> Pools:
-    pools: Pools = {}
-    for name, folders in class_folders(root, findings).items():
-        pools[name] = [image for folder in folders for image in images_in(folder, findings)]
-        if not (name and pools[name]):
-            spelt = ", ".join(str(folder) for folder in folders)
-            findings.notes.append(f"Warning: left out {spelt}: no images in it, or no name.")
-            del pools[name]
-    return pools
-
-
-class _Food101At(Food101):
-    """Food-101 in a folder of any name; torchvision's own looks for `food-101` only."""
-
-    def _check_exists(self) -> bool:
-        self._base_folder = Path(self.root)
-        self._meta_folder = self._base_folder / "meta"
-        self._images_folder = self._base_folder / "images"
-        return super()._check_exists()
-
-
-def _food101(folder: Path, findings: Findings) -> BaseData:
-    """The official parts, without the images that meta/ lists and the disk does not have."""
-    train, test = (_food101_part(folder, part) for part in ("train", "test"))
-    there = {
-        path
-        for class_folder in subfolders(folder / "images").values()
-        for path in images_in(class_folder, findings)
+    if not _exists(root):
+        audit.notes.append(f"warning: no custom data in {root}; continuing without it")
+        return {}
+    folder = _custom_folder(root)
+    folders = class_folders(folder, audit)
+    images = {
+        name: [image for path in paths for image in list_images(path, audit)]
+        for name, paths in folders.items()
     }
-    known = there | {entry["path"] for entry in findings.left_out}
-    for pools in (train, test):
-        for name, paths in pools.items():
-            for path in paths:
-                if path not in known:
-                    findings.leave_out(path, f"listed in {folder / 'meta'}, not on disk")
-            pools[name] = [path for path in paths if path in there]
-    return BaseData(f"Food-101 in {folder}", train, None, test)
+    reasons = _unreadable([path for paths in images.values() for path in paths])
+    readable = {n: [p for p in paths if p not in reasons] for n, paths in images.items()}
+    problems = _loose_images(folder) + _unusable_classes(folders, readable)
+    if problems or len(reasons) > MAX_UNREADABLE * sum(map(len, images.values())):
+        problems += [f"{Path(p).relative_to(folder)}: {why}" for p, why in sorted(reasons.items())]
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise DataError(f"the custom data in {folder} has {len(problems):,} problems:{lines}")
+    for path, reason in reasons.items():
+        audit.skip(path, reason)
+    _note_dates(readable, audit)
+    return readable
 
 
-def _food101_part(folder: Path, part: str) -> Pools:
+def _custom_folder(root: Path) -> Path:
+    """Return the folder with the class folders: root, or the only folder in it."""
+    for folder in _nested(root):
+        if images_by_class(folder, Audit()):
+            return folder
+    return root
+
+
+def _loose_images(folder: Path) -> list[str]:
+    files = [entry for entry in list_folder(folder) if not is_folder(entry)]
+    return [f"{entry.name}: not in a class folder" for entry in files if is_image(entry)]
+
+
+def _unusable_classes(folders: dict[str, list[Path]], readable: ImagesByClass) -> list[str]:
+    if not folders:
+        return ["no class folders, such as biryani/ or dosa/, with images in them"]
+    if folders.keys() <= ALL_SPLIT_NAMES:
+        return [f"{join_names(sorted(folders))}: splits, not classes; give the one with the images"]
+    problems = []
+    for name, paths in readable.items():
+        spelled = ", ".join(folder.name for folder in folders[name])
+        if not name:
+            problems.append(f"{spelled}: no letter or digit in the name to call the class by")
+        elif len(paths) < MIN_CUSTOM_IMAGES:
+            problems.append(
+                f"{spelled}: readable images: {len(paths)}, needed: {MIN_CUSTOM_IMAGES}"
+            )
+    return problems
+
+
+def _unreadable(paths: Sequence[str]) -> dict[str, str]:
+    """Return path -> reason, for each image that does not decode."""
+    reasons = {}
+    with ThreadPoolExecutor(min(8, num_cores())) as pool:  # Pillow decodes without the GIL
+        for done, (path, reason) in enumerate(pool.map(_try_decoding, paths), start=1):
+            if reason:
+                reasons[path] = reason
+            if done % PROGRESS_EVERY == 0:
+                logger.info("checked %s of %s custom images", f"{done:,}", f"{len(paths):,}")
+    return reasons
+
+
+def _try_decoding(path: str) -> tuple[str, str]:
+    """Return the path, and the reason why not or ""."""
     try:
-        # With loader=str torchvision hands out each path, with its label, instead of an image.
-        if folder.name == "food-101":
-            dataset = Food101(folder.parent, part, loader=str)
-        else:
-            dataset = _Food101At(folder, part, loader=str)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise DataError(
-            f"{folder / 'meta' / part}.json is not a readable Food-101 list ({error}); put the "
-            "meta/ folder of Food-101 in its place."
-        ) from error
-    names = [normalise_class_name(name) for name in dataset.classes]
-    pools: Pools = {name: [] for name in names}
-    for path, label in (dataset[i] for i in range(len(dataset))):
-        pools[names[label]].append(path)
-    return pools
-
-
-def _download_food101(data_dir: Path) -> Path:
-    """Fetch Food-101 into data_dir, all of it or nothing; returns its folder."""
-    if not data_dir.parent.is_dir():
-        raise DataError(
-            f"{data_dir} does not exist, nor does the folder above it; check --data_dir, or make "
-            "that folder if Food-101 is to be downloaded into it."
-        )
-    _check_free_space(data_dir)
-    log.warning("No images in %s yet: downloading Food-101 (%g GB).", data_dir, ARCHIVE_GB)
-    is_new = not data_dir.exists()
-    try:
-        data_dir.mkdir(exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=PART_PREFIX, dir=data_dir) as part,
-            _socket_timeout(STALLED_AFTER_S),
-        ):
-            Food101(part, download=True)
-            return Path(part, "food-101").rename(data_dir / "food-101")
-    except DOWNLOAD_FAILURES as error:
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it holds the connection that brought it
-        if is_new:
-            with suppress(OSError):  # never made, or no longer empty
-                data_dir.rmdir()
-        raise DataError(
-            f"Food-101 could not be downloaded into {data_dir}: {_download_problem(error)}. "
-            + WAYS_OUT.format(data_dir)
-        ) from error
-
-
-def _download_problem(error: Exception) -> str:
-    if "corrupted" in str(error):  # torchvision's RuntimeError after its MD5 check
-        return "the archive arrived incomplete or damaged (wrong MD5)"
-    return str(error) or type(error).__name__
-
-
-def _check_free_space(data_dir: Path) -> None:
-    place = data_dir if data_dir.exists() else data_dir.parent
-    needed, free = ARCHIVE_GB + UNPACKED_GB, shutil.disk_usage(place).free / 1e9
-    if free < needed:
-        raise DataError(
-            f"Food-101 needs {needed:.1f} GB in {data_dir} ({ARCHIVE_GB} GB archive, {UNPACKED_GB} "
-            f"GB unpacked) and {free:.1f} GB are free. {WAYS_OUT.format(data_dir)}"
-        )
-
-
-def _clear_stale_parts(data_dir: Path) -> None:
-    for part in data_dir.glob(PART_PREFIX + "*"):
-        with suppress(FileNotFoundError):  # another process was faster
-            if time.time() - part.stat().st_mtime > PART_IS_STALE_S:
-                shutil.rmtree(part)
-
-
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """urllib, as torchvision calls it, has no timeout of its own."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+        load_image(path)
+    except ImageError as error:
+        return path, str(error)
+    except OSError as error:
+        return path, reason_of(error)
+    return path, ""

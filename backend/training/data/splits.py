@@ -1,46 +1,38 @@
-"""Which images, which label, which split: the data of a run as three lists of paths.
+"""Which image, which label, which split: the data of a run as three lists of paths.
 
-Nothing of the base dataset is opened here, only listed, so 101,000 images are ready in seconds;
-`training.data.loader` decodes, and names what it cannot decode. Custom images are few and new, so
-each of them is decoded once before training starts.
+Images of the data set are listed but not opened, so 101,000 are ready in seconds;
+`training.data.loader` decodes them, and names those that it cannot. Custom images are few and new,
+so each is decoded once before training starts.
 
-The order in which a class is split depends on the seed and its own file names alone: adding a
-class, or listing folders in another order, moves no image of another class.
+How a class is split follows from the seed and its own file names alone: adding a class, or listing
+folders in another order, moves no image of another class.
 """
 
 import difflib
 import hashlib
-import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from app.ml.preprocessing import ImageError, load_image
-from training.data.sources import (
-    BaseData,
-    Findings,
-    Pools,
-    class_folders,
-    images_in,
-    is_image_name,
-    listing,
-    load_base,
-    normalise_class_name,
-    shuffled,
-    visible,
+from training.data.folders import (
+    Audit,
+    ImagesByClass,
+    is_archive,
+    join_names,
+    normalize_class_name,
 )
+from training.data.sources import Source, load_custom, load_source
 from training.errors import DataError
 
-log = logging.getLogger(__name__)
-
-MIN_CUSTOM_IMAGES = 5  # leaves three to train on, beside one for validation and one for the test
-PROGRESS_EVERY = 5000  # custom images between two lines of progress
+# Up to this share of the classes is skipped for having too few images; more are an error.
+MAX_SMALL_CLASSES = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,202 +69,247 @@ def load_food_data(
 ) -> FoodData:
     """List the data, merge the custom classes, split.
 
-    1 - train_split of each class's training images (at least one) is its validation part. Where
-    the source has no test part (bare class folders, custom classes) the same share of all images
-    is set aside for the test first. images_per_class keeps the first N of each class's shuffled
-    training images, validation included, and at most N in a given validation or test part.
+    1 - train_split of each class's training images (at least one) is its validation split. Where
+    the data set has no test split, and for custom classes, the same share of all images is set
+    aside for the test first. images_per_class keeps the first N of each class's shuffled training
+    images, validation included, and at most N of a given validation or test split.
 
     Raises:
         DataError: for everything that is wrong with the data or the request.
     """
     _check_request(images_per_class, train_split)
-    findings, share = Findings(), 1 - train_split
-    try:
-        base = load_base(Path(data_dir).expanduser().resolve(), findings)
-        custom = _load_custom(custom_data_dir, findings) if custom_data_dir else Pools()
-    except NotADirectoryError as error:
-        raise DataError(f"{error.filename} is a file; a folder of images is needed.") from error
-    except OSError as error:
-        raise DataError(
-            f"{error.filename} cannot be read ({error.strerror}); check that it is there and that "
-            "you may open it."
-        ) from error
-    if classes:
-        _select_classes(classes, base, custom, findings)
-    class_to_idx = build_class_to_idx(base.train, custom)
-    parts = _split(base, custom, share, images_per_class, seed)
-    splits = {part: _as_split(pools, class_to_idx) for part, pools in parts.items()}
-    audit: dict[str, Any] = {
-        "source": base.source,
+    audit = Audit()
+    with _saying_what_was_skipped(audit):
+        source, custom = _load(data_dir, custom_data_dir, audit)
+        if classes:
+            _select_classes(classes, source, custom, audit)
+        _skip_small_classes(source, custom, audit, may_skip=not classes)
+        _check_enough(source, custom)
+    class_to_idx = build_class_to_idx(source.train, custom)
+    parts = split_images(source, custom, 1 - train_split, images_per_class, seed)
+    splits = {split: _as_split(images, class_to_idx) for split, images in parts.items()}
+    record: dict[str, Any] = {
+        "source": source.name,
         "seed": seed,
-        "counts": {c: {part: len(parts[part].get(c, ())) for part in parts} for c in class_to_idx},
-        "left_out": findings.left_out,
+        "counts": {
+            c: {split: len(parts[split].get(c, ())) for split in parts} for c in class_to_idx
+        },
+        "skipped": audit.skipped,
         "duplicates": find_duplicates(splits),
         "custom": [
-            {"class": name, "images": len(custom[name]), "joins": len(base.train.get(name, ()))}
+            {"class": name, "images": len(custom[name]), "joins": len(source.train.get(name, ()))}
             for name in sorted(custom)
         ],
     }
-    notes = findings.notes + _describe(audit) + _merge_table(audit["custom"])
-    return FoodData(class_to_idx, **splits, notes=notes, audit=audit)
+    notes = [*audit.notes, *_describe(record), *audit.describe_skipped()]
+    return FoodData(
+        class_to_idx, **splits, notes=notes + _merge_table(record["custom"]), audit=record
+    )
 
 
 def build_class_to_idx(base: Iterable[str], custom: Iterable[str]) -> dict[str, int]:
-    """Sorted base names first, so that custom classes only extend what a model already knows."""
+    """Number the classes: sorted base names first, so that custom classes only extend them."""
     known = sorted(set(base))
     return {name: i for i, name in enumerate(known + sorted(set(custom) - set(known)))}
 
 
 def _check_request(images_per_class: int | None, train_split: float) -> None:
     if not 0 < train_split < 1:
-        raise DataError(f"train_split is {train_split}; it must lie between 0 and 1, such as 0.8.")
+        raise DataError(f"train_split is {train_split}; it must lie between 0 and 1, such as 0.8")
     if images_per_class is not None and images_per_class < 2:
         raise DataError(
             f"images_per_class is {images_per_class}; each class needs at least 2 images, one to "
-            "train on and one to validate with."
+            "train on and one to validate with"
         )
+
+
+# Listing --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _saying_what_was_skipped(audit: Audit) -> Iterator[None]:
+    """Add to a refusal what was skipped, as that is often its cause."""
+    try:
+        yield
+    except DataError as error:
+        lines = audit.describe_skipped()
+        if not lines:
+            raise
+        separator = "\n" if "\n" in str(error) else "; "
+        raise DataError(separator.join([str(error), *lines])) from error.__cause__
+
+
+def _load(
+    data_dir: Path, custom_data_dir: Path | None, audit: Audit
+) -> tuple[Source, ImagesByClass]:
+    with _naming("--data_dir", data_dir) as folder:
+        source = load_source(folder, audit)
+    if custom_data_dir is None:
+        return source, {}
+    with _naming("--custom_data_dir", custom_data_dir) as folder:
+        return source, load_custom(folder, audit)
+
+
+@contextmanager
+def _naming(flag: str, folder: Path) -> Iterator[Path]:
+    """Give the absolute path of a folder; an OSError becomes a DataError that names the flag."""
+    path = Path(os.path.realpath(Path(folder).expanduser()))  # never raises, as resolve() may
+    try:
+        if path.is_file():
+            remedy = "unpack it and give the folder" if is_archive(path.name) else "give a folder"
+            raise DataError(f"{flag} {folder} is a file; {remedy}")
+        yield path
+    except OSError as error:
+        raise DataError(
+            f"{flag}: {error.filename or path} cannot be read ({error.strerror}); check that it is "
+            "there and that you may open it"
+        ) from error
+
+
+# Choosing classes -----------------------------------------------------------------------------
 
 
 def _select_classes(
-    wanted: Sequence[str], base: BaseData, custom: Pools, findings: Findings
+    wanted: Sequence[str], source: Source, custom: ImagesByClass, audit: Audit
 ) -> None:
-    """Keep only the wanted classes, in every pool."""
-    known = build_class_to_idx(base.train, custom)
-    keep = {normalise_class_name(name): name for name in wanted}
+    """Keep only the wanted classes, in every split."""
+    known = build_class_to_idx(source.train, custom)
+    keep = {normalize_class_name(name): name for name in wanted}
     if unknown := [name for key, name in keep.items() if key not in known]:
         hints = ", ".join(_with_close_matches(name, known) for name in unknown)
-        raise DataError(
-            f"No such class: {hints}. The data has {len(known)} classes; see --classes."
-        )
+        raise DataError(f"no such class: {hints}; the data has {len(known)} classes, see --classes")
     if dropped := sorted(custom.keys() - keep.keys()):
-        findings.notes.append(f"Custom classes that --classes leaves out: {listing(dropped)}.")
-    for pools in (base.train, base.val, base.test, custom):
-        for name in set(pools or ()) - keep.keys():
-            del pools[name]  # type: ignore[union-attr]  # None has no names to come here with
+        audit.notes.append(f"custom classes that --classes leaves out: {join_names(dropped)}")
+    _drop_classes(set(known) - keep.keys(), source, custom)
 
 
 def _with_close_matches(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(normalise_class_name(name), list(known))
+    close = difflib.get_close_matches(normalize_class_name(name), list(known))
     return f"{name} (did you mean {' or '.join(close)}?)" if close else name
 
 
-def _load_custom(root: Path, findings: Findings) -> Pools:
-    """The images of each custom class, all decoded once; every offender in one DataError."""
-    root = Path(root).expanduser().resolve()
-    if not root.exists():
-        findings.notes.append(f"Warning: there is no custom data in {root}; going on without it.")
-        log.warning("There is no custom data in %s; going on without it.", root)
-        return {}
-    offenders = [
-        f"{entry.name}: not in a class folder"
-        for entry in visible(root)
-        if not entry.is_dir() and is_image_name(entry.name)
-    ]
-    folders, pools = class_folders(root, findings), Pools()
-    if not folders:
-        offenders.append("no class folders, such as biryani/ or dosa/, with images in them")
-    for name, same in folders.items():
-        try:
-            pools[name] = [path for folder in same for path in images_in(folder, findings)]
-        except OSError as error:
-            offenders.append(f"{error.filename}: {error.strerror}")
-    reasons = _unreadable([path for paths in pools.values() for path in paths])
-    offenders += [f"{Path(path).relative_to(root)}: {reasons[path]}" for path in sorted(reasons)]
-    for name, paths in pools.items():
-        spelt = ", ".join(folder.name for folder in folders[name])
-        count = sum(path not in reasons for path in paths)
-        if not name:
-            offenders.append(f"{spelt}: no letter in the name to call the class by")
-        elif count < MIN_CUSTOM_IMAGES:
-            offenders.append(f"{spelt}: readable images: {count}, needed: {MIN_CUSTOM_IMAGES}")
-    if offenders:
-        lines = "".join(f"\n  {line}" for line in offenders)
-        raise DataError(f"The custom data in {root} needs mending ({len(offenders)} found):{lines}")
-    return pools
+def _drop_classes(names: Iterable[str], source: Source, custom: ImagesByClass) -> None:
+    for images in (source.train, source.val, source.test, custom):
+        for name in names:
+            if images is not None:
+                images.pop(name, None)
 
 
-def _unreadable(paths: Sequence[str]) -> dict[str, str]:
-    """path -> reason, for each image that does not decode."""
-    reasons = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
-        for done, (path, reason) in enumerate(pool.map(_try_decoding, paths), start=1):
-            if reason:
-                reasons[path] = reason
-            if done % PROGRESS_EVERY == 0:
-                log.info("Checked %s of %s custom images.", f"{done:,}", f"{len(paths):,}")
-    return reasons
+def _skip_small_classes(
+    source: Source, custom: ImagesByClass, audit: Audit, *, may_skip: bool
+) -> None:
+    """Skip a few classes with too few training images among many; otherwise they are an error."""
+    needed = 1 + (source.val is None) + (source.test is None)
+    everything = {**(source.test or {}), **(source.val or {}), **source.train}
+    counts = {
+        name: len(source.train.get(name, ())) for name in sorted(everything.keys() - custom.keys())
+    }
+    small = {name: count for name, count in counts.items() if count < needed}
+    if not small:
+        return
+    if not may_skip or len(small) > MAX_SMALL_CLASSES * len(counts):
+        listed = ", ".join(f"{name} ({count})" for name, count in small.items())
+        raise DataError(
+            f"{source.name}: too few training images in {listed}; each class needs {needed} or "
+            "more, so add some, or move these folders elsewhere"
+        )
+    for name in small:
+        folder = next(map(os.path.dirname, everything[name]), name)
+        audit.skip(folder, f"a class of fewer than {needed} training images")
+    _drop_classes(small, source, custom)
 
 
-def _try_decoding(path: str) -> tuple[str, str]:
-    """(path, reason why not, or "")"""
-    try:
-        load_image(path)
-    except (ImageError, OSError) as error:
-        return path, str(error)
-    return path, ""
-
-
-def _split(
-    base: BaseData, custom: Pools, share: float, limit: int | None, seed: int
-) -> dict[str, Pools]:
-    """train, val and test, each class -> paths, in the seeded order."""
-    _check_enough(base, custom)
-    train, val, test = base.train, base.val, base.test
-    if test is None:
-        train, test = _set_aside(train, share, seed, keep=1 + (val is None))
-    custom, custom_test = _set_aside(custom, share, seed, keep=2)
-    test = _merged(test, custom_test, limit, seed)
-    if val is None:
-        train, val = _set_aside(_merged(train, custom, limit, seed), share, seed, keep=1)
-    else:
-        custom, custom_val = _set_aside(custom, share, seed, keep=1)
-        train = _merged(train, custom, limit, seed)
-        val = _merged(val, custom_val, limit, seed)
-    return {"train": train, "val": val, "test": test}
-
-
-def _check_enough(base: BaseData, custom: Pools) -> None:
-    names = base.train.keys() | custom.keys()
+def _check_enough(source: Source, custom: ImagesByClass) -> None:
+    names = source.train.keys() | custom.keys()
     if len(names) < 2:
-        raise DataError(f"{base.source}: one class only ({listing([*names])}); at least 2 needed.")
-    needed = 1 + (base.val is None) + (base.test is None)
-    if few := [f"{c} ({len(p)})" for c, p in sorted(base.train.items()) if len(p) < needed]:
+        only = join_names(names) or "none"
+        raise DataError(f"{source.name}: at least 2 classes are needed, one class only: {only}")
+    if source.test is not None and not any([*source.test.values(), *custom.values()]):
         raise DataError(
-            f"{base.source}: too few training images in {listing(few)}; each class needs "
-            f"{needed} or more, so add some, or leave the class out with --classes."
-        )
-    if base.test is not None and not any([*base.test.values(), *custom.values()]):
-        raise DataError(
-            f"{base.source}: no test images of these classes; add some to its test part."
+            f"{source.name}: no test images of these classes; add some to its test split"
         )
 
 
-def _set_aside(pools: Pools, share: float, seed: int, keep: int) -> tuple[Pools, Pools]:
-    """(rest, share) of each class; at least one image goes aside and at least `keep` stay."""
-    rest, aside = Pools(), Pools()
-    for name, paths in pools.items():
+# Splitting ------------------------------------------------------------------------------------
+
+
+def split_images(
+    source: Source, custom: ImagesByClass, share: float, limit: int | None, seed: int
+) -> dict[str, ImagesByClass]:
+    """Return train, val and test, each class -> paths, in the seeded order.
+
+    A share of each class is taken for a split that the data set lacks; custom classes have none:
+
+        the data set has    test                         val
+        train               a share of train, custom     a share of the rest of both
+        train, val          a share of train, custom     val, and a share of custom
+        train, test         test, and a share of custom  a share of train and the rest of custom
+        train, val, test    test, and a share of custom  val, and a share of custom
+    """
+
+    def take(images: ImagesByClass, keep: int) -> tuple[ImagesByClass, ImagesByClass]:
+        return _take_share(images, share, seed, keep)
+
+    def merge(images: ImagesByClass, more: ImagesByClass) -> ImagesByClass:
+        return _merge(images, more, limit, seed)
+
+    train, test = source.train, source.test
+    if test is None:
+        train, test = take(train, keep=1 + (source.val is None))
+    custom, custom_test = take(custom, keep=2)
+    if source.val is None:
+        train, val = take(merge(train, custom), keep=1)
+    else:
+        custom, custom_val = take(custom, keep=1)
+        train, val = merge(train, custom), merge(source.val, custom_val)
+    return {"train": train, "val": val, "test": merge(test, custom_test)}
+
+
+def _take_share(
+    images: ImagesByClass, share: float, seed: int, keep: int
+) -> tuple[ImagesByClass, ImagesByClass]:
+    """Return the rest and a share of each class: one image at least, while `keep` stay."""
+    rest: ImagesByClass = {}
+    taken: ImagesByClass = {}
+    for name, paths in images.items():
         order = shuffled(paths, name, seed)
-        count = min(max(1, round(len(order) * share)), len(order) - keep)
-        aside[name], rest[name] = order[:count], order[count:]
-    return rest, aside
+        count = max(0, min(max(1, round(len(order) * share)), len(order) - keep))
+        taken[name], rest[name] = order[:count], order[count:]
+    return rest, taken
 
 
-def _merged(base: Pools, custom: Pools, limit: int | None, seed: int) -> Pools:
-    """The images of both, each class shuffled and cut after `limit`."""
+def _merge(
+    images: ImagesByClass, more: ImagesByClass, limit: int | None, seed: int
+) -> ImagesByClass:
+    """Join both, each class shuffled and cut after `limit`."""
     return {
-        name: shuffled(base.get(name, []) + custom.get(name, []), name, seed)[:limit]
-        for name in {**base, **custom}
+        name: shuffled(images.get(name, []) + more.get(name, []), name, seed)[:limit]
+        for name in {**images, **more}
     }
 
 
-def _as_split(pools: Pools, class_to_idx: Mapping[str, int]) -> Split:
-    pairs = [(path, i) for name, i in class_to_idx.items() for path in pools.get(name, ())]
+def shuffled(paths: Iterable[str], class_name: str, seed: int) -> list[str]:
+    """Order images by nothing but seed, class name and file names."""
+    errors = sys.getfilesystemencodeerrors()  # names of files need not be text
+
+    def key(path: str) -> tuple[bytes, str]:
+        text = f"{seed}/{class_name}/{os.path.basename(path)}"
+        return hashlib.sha256(text.encode("utf-8", errors)).digest(), path
+
+    return sorted(paths, key=key)
+
+
+def _as_split(images: ImagesByClass, class_to_idx: Mapping[str, int]) -> Split:
+    pairs = [(path, i) for name, i in class_to_idx.items() for path in images.get(name, ())]
     labels = np.array([label for _, label in pairs], dtype=np.int64)
     return Split(tuple(path for path, _ in pairs), labels)
 
 
+# What to tell ---------------------------------------------------------------------------------
+
+
 def find_duplicates(splits: Mapping[str, Split]) -> list[dict[str, list[str]]]:
-    """Byte-identical files in more than one split: [{"train": [paths], "test": [paths]}, …].
+    """Find identical files in more than one split: [{"train": [paths], "test": [paths]}, …].
 
     Sizes are compared first, then 4 kB from the middle; what still agrees is read whole.
     """
@@ -292,7 +329,7 @@ def _grouped(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[
     for path in paths:
         try:
             groups[key(path)].append(path)
-        except OSError:  # equal to nothing; whoever decodes it names it
+        except OSError:  # unreadable files are reported when decoded
             continue
     return list(groups.values())
 
@@ -311,21 +348,20 @@ def _content(path: str) -> bytes:
     return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
-def _describe(audit: Mapping[str, Any]) -> list[str]:
-    """What a person should read before training starts, from the audit."""
-    counts: dict[str, dict[str, int]] = audit["counts"]
-    sizes = {p: sum(c[p] for c in counts.values()) for p in ("train", "val", "test")}
-    images = ", ".join(f"{size:,} {part}" for part, size in sizes.items())
-    notes = [f"{audit['source']}: {len(counts)} classes, {images} images."]
-    for part in sizes:
-        if bare := [name for name, count in counts.items() if not count[part]]:
-            notes.append(f"Warning: no {part} images of {listing(bare)}.")
-    for reason, number in Counter(entry["reason"] for entry in audit["left_out"]).items():
-        names = [Path(e["path"]).name for e in audit["left_out"] if e["reason"] == reason]
-        notes.append(f"Warning: left out, {reason}: {number:,} ({listing(names, 3)}).")
-    if duplicates := audit["duplicates"]:
+def _describe(record: Mapping[str, Any]) -> list[str]:
+    """Say what was found, from the record."""
+    counts: dict[str, dict[str, int]] = record["counts"]
+    sizes = {s: sum(c[s] for c in counts.values()) for s in ("train", "val", "test")}
+    images = ", ".join(f"{size:,} {split}" for split, size in sizes.items())
+    notes = [f"{record['source']}: {len(counts):,} classes, {images} images"]
+    for split in sizes:
+        if bare := [name for name, count in counts.items() if not count[split]]:
+            notes.append(f"warning: no {split} images of {join_names(bare)}")
+    if duplicates := record["duplicates"]:
         first = " = ".join(paths[0] for paths in duplicates[0].values() if paths)
-        notes.append(f"Warning: pictures in more than one split: {len(duplicates):,}, as {first}.")
+        notes.append(
+            f"warning: pictures in more than one split: {len(duplicates):,}, such as {first}"
+        )
     return notes
 
 

@@ -337,7 +337,7 @@ def report_facts(
         "config": result.config.to_dict(),
         "classes": record.classes,
         "verdicts": evaluation.verdicts,
-        "audit": {**data.audit, "left_out": [*data.audit["left_out"], *unreadable]},
+        "audit": {**data.audit, "skipped": [*data.audit["skipped"], *unreadable]},
         "versions": record.libraries,
         "timings": {"training": sum(epoch["seconds"] for epoch in epochs)},
         "command": result.command,

@@ -326,7 +326,7 @@ def _card_data(audit: dict[str, Any], classes: Sequence[str]) -> list[str]:
     lines = [
         f"- Source: {_markdown(audit['source'])}",
         "- Images: " + ", ".join(f"{totals[split]:,} {split}" for split in SPLITS),
-        f"- Left out because they could not be used: {len(audit['left_out']):,}",
+        f"- Left out because they could not be used: {len(audit['skipped']):,}",
         f"- Pictures found in more than one split: {len(audit['duplicates']):,}",
     ]
     lines += [

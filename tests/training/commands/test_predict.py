@@ -22,7 +22,9 @@ from tests.support.runs import start
 import train_model
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from training.commands import predict as predicting
-from training.commands.predict import answers, check_target, find_images, predict_paths
+from training.commands.predict import check_target, predict_paths, predictions
+from training.commands.predict import find_images as find_and_audit
+from training.data.folders import Audit
 from training.errors import DataError
 
 CPU = torch.device("cpu")
@@ -65,6 +67,10 @@ def photos() -> Path:
     return folder
 
 
+def find_images(paths: list[str]) -> list[str]:
+    return find_and_audit(paths, Audit())
+
+
 def predict(model: FoodPredictor, *paths: str, csv_path: str | None = None, top_k: int = 2) -> int:
     where = Path(csv_path) if csv_path else None
     return predict_paths(model, paths, top_k=top_k, csv_path=where, device=CPU, num_workers=0)
@@ -83,7 +89,7 @@ def test_a_folder_gets_the_answers_that_its_pictures_get_alone(
     num_workers: int, model: FoodPredictor, photos: Path
 ) -> None:
     images = find_images([str(photos)])
-    batches = list(answers(model, images, 4, CPU, num_workers))
+    batches = list(predictions(model, images, 4, CPU, num_workers))
     assert [len(batch) for batch in batches] == [4, 4, 1]
     found = [pair for batch in batches for pair in batch]
     assert [path for path, _ in found] == images
@@ -115,8 +121,9 @@ def test_the_table_has_a_row_per_picture(
         assert (row["verdict"], row["class_1"]) == (alone.verdict, alone.top[0].class_name)
         assert float(row["probability_2"]) == pytest.approx(alone.top[1].probability, abs=1e-5)
     bad = str(photos / "dinner" / "05.png")
-    left_out, counts, failed, place = caplog.messages
-    assert left_out.startswith(f"left out {bad}: ")
+    others, skipped, counts, failed, place = caplog.messages
+    assert others == "not pictures: 1 files (1 .txt)"
+    assert skipped.startswith(f"left out {bad}: ")
     verdicts = r"(\d+) confident, (\d+) unsure, (\d+) not_food, 1 could not be read"
     found = re.fullmatch(rf"9 images: {verdicts}; \d+\.\d images/s", counts)
     assert found and sum(map(int, found.groups())) == 8
@@ -189,9 +196,72 @@ def test_a_pipe_is_not_waited_for_and_a_link_to_nothing_is_named(photos: Path) -
 
 def test_a_folder_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "a.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"notes holds no picture; .*\*\.jpg"):
+    (tmp_path / "notes" / "a.tif").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"notes holds no picture; .*\*\.jpg.*TIF: a\.tif"):
         find_images(["notes"])
+
+
+def test_what_is_not_read_is_counted_by_its_ending(
+    model: FoodPredictor, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture(Path("mixed/lunch.jpg"))
+    picture(Path("mixed/dinner.png")).rename("mixed/dinner")  # known by its content
+    for name in ("a.tif", "b.TIF", "IMG_1.MOV", "IMG_1.AAE", "README"):
+        Path("mixed", name).write_bytes(b"x")
+    assert predict(model, "mixed") == 0
+    assert [row["file"] for row in rows()] == [
+        os.path.join("mixed", name) for name in ("dinner", "lunch.jpg")
+    ]
+    assert caplog.messages[:2] == [
+        "warning: skipped 2 (not a format that is read): TIF: a.tif, b.TIF; save them as JPEG",
+        "not pictures: 3 files (1 .aae, 1 .mov, 1 without ending)",
+    ]
+
+
+def test_a_locked_folder_stops_nothing_unless_it_is_all_there_is(
+    photos: Path,
+    model: FoodPredictor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scandir = os.scandir
+
+    def guarded(path: Path) -> object:
+        if Path(path) == photos / "lunch":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert predict(model, "photos") == 0
+    assert len(rows()) == 5
+    assert "warning: skipped 1 (cannot be opened: Permission denied): lunch" in caplog.messages
+    with pytest.raises(DataError, match=r"lunch holds no picture; .*Permission denied"):
+        find_images(["photos/lunch"])
+
+
+@pytest.mark.parametrize("name", ["lost+found", "#recycle", "@eaDir", "System Volume Information"])
+def test_service_folders_are_not_walked(photos: Path, name: str) -> None:
+    picture(photos / name / "thumb.jpg")
+    assert len(find_images(["photos"])) == 9
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_pattern_that_the_shell_left_is_expanded(model: FoodPredictor) -> None:
+    """cmd.exe hands photos\\*.jpg on as it is."""
+    pattern = os.path.join("photos", "lunch", "*.jpg")
+    assert predict(model, pattern, csv_path="out.csv") == 0
+    lunches = [os.path.join("photos", "lunch", f"{n:02}.jpg") for n in (1, 3, 5, 7)]
+    assert [row["file"] for row in rows("out.csv")] == lunches
+    assert predict(model, os.path.join("photos", "l*")) == 0  # a folder
+    assert [row["file"] for row in rows()] == lunches
+    with pytest.raises(DataError, match=r"--predict nothing\*\.jpg: no file matches"):
+        predict(model, "nothing*.jpg")
+
+
+def test_a_file_may_be_named_like_a_pattern(model: FoodPredictor) -> None:
+    name = str(picture(Path("lunch [1].jpg")))
+    assert predict(model, name, csv_path="out.csv") == 0
+    assert rows("out.csv")[0]["file"] == name
 
 
 @pytest.mark.usefixtures("photos")
@@ -244,7 +314,7 @@ def test_only_a_table_of_predictions_is_replaced(model: FoodPredictor) -> None:
     check_target(Path("new.csv"))
     mine = "file,verdict\nlunch.jpg,delicious\n"
     Path("predictions.csv").write_text(mine, encoding="utf-8")
-    with pytest.raises(FileExistsError, match=r"predictions.csv is there already .*--predictions"):
+    with pytest.raises(FileExistsError, match=r"predictions.csv already exists .*--predictions"):
         predict(model, "photos")
     assert Path("predictions.csv").read_text(encoding="utf-8") == mine
     with pytest.raises(IsADirectoryError, match="photos is a folder"):
@@ -256,10 +326,10 @@ def test_an_interrupted_table_keeps_what_was_answered(
     model: FoodPredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*arguments: object) -> object:
-        yield next(iter(answers(*arguments)))  # type: ignore[arg-type]
+        yield next(iter(predictions(*arguments)))  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predicting, "answers", interrupted)
+    monkeypatch.setattr(predicting, "predictions", interrupted)
     assert predict(model, "photos") == 130
     assert len(rows()) == 4 and rows()[0]["class_1"]
 

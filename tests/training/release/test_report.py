@@ -121,7 +121,7 @@ def make_facts(classes: list[str]) -> dict[str, Any]:
             "counts": {
                 name: {"train": 40 + i, "val": 10, "test": 6} for i, name in enumerate(classes)
             },
-            "left_out": [{"path": "broken.jpg", "reason": "the image data is damaged"}],
+            "skipped": [{"path": "broken.jpg", "reason": "the image data is damaged"}],
             "duplicates": [{"train": ["twin_a.jpg"], "val": [], "test": ["twin_b.jpg"]}],
             "custom": [{"class": "dosa", "images": 50, "joins": 0}],
         },
@@ -193,7 +193,7 @@ def test_missing_image_is_named_and_nothing_fails(tmp_path: Path, run: dict[str,
 
 def test_names_stay_text(tmp_path: Path) -> None:
     run = make_run(tmp_path, [NASTY, "dal", "dosa\udcff"])
-    run["facts"]["audit"]["left_out"] = [{"path": NASTY, "reason": NASTY}]
+    run["facts"]["audit"]["skipped"] = [{"path": NASTY, "reason": NASTY}]
     run["facts"]["command"] = run["facts"]["stop_reason"] = run["facts"]["model_name"] = NASTY
     run["rows"][0]["file"] = str(tmp_path / NASTY.replace("/", ""))
     html, page = render(tmp_path, run)
@@ -235,7 +235,7 @@ def test_small_and_lopsided_runs(tmp_path: Path) -> None:
     run["rows"] = prediction_rows([tmp_path / "image_0.jpg"], np.array([0]), logits, classes)
     run["history"] = make_history(1)
     run["facts"] |= {"best_epoch": 1, "stopped_epoch": None}
-    run["facts"]["audit"] |= {"left_out": [], "duplicates": []}
+    run["facts"]["audit"] |= {"skipped": [], "duplicates": []}
     run["facts"]["audit"]["counts"]["dosa"]["train"] = 0
     del run["facts"]["audit"]["custom"]
     _, page = render(tmp_path, run)

@@ -1,0 +1,252 @@
+"""What counts in a folder of photos, as people have them: class folders, images, and the rest.
+
+Nothing is decoded here. Only of a file whose name has no ending is the header read.
+"""
+
+import errno
+import os
+import re
+import stat
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from app.ml.preprocessing import IMAGE_EXTENSIONS, IMAGE_FORMATS
+from training.errors import DataError
+
+ImagesByClass = dict[str, list[str]]  # class name -> absolute paths of its images
+
+# What systems, desktops and file servers leave beside one's own files and folders.
+SERVICE_NAME = re.compile(
+    r"\..*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r|__macosx|__pycache__"  # hidden, desktops
+    r"|\$recycle\.bin|recycle[rd]|system volume information|found\.\d{3}"  # Windows
+    r"|lost\+found|lost\.dir|network trash folder|temporary items|thevolumesettingsfolder"
+    r"|[#@]recycle|[#@~]snapshot|@recently-snapshot|@eadir|@tmp|@transcode|@__thumb",  # NAS
+    re.IGNORECASE,
+)
+UNREAD_PICTURE = re.compile(
+    r"\.(hei[cf]|hif|avifs|jxl|jp2|j2k|jpx|tiff?|bmp|dib|ico|tga|svg|psd|dng|cr[23w]|nef|nrw|arw"
+    r"|srf|sr2|orf|rw2|raf|pef|raw|rwl|srw|x3f|3fr|iiq|kdc|dcr)"
+)
+ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+UNREAD_FORMAT = "not a format that is read"
+NOT_A_FILE = "not a regular file"
+ENDING = re.compile(r"\.(?!\d+$)[a-z0-9]{1,5}", re.ASCII)
+
+# Errors of one file or folder; others mean that its disk has gone.
+OF_ONE_ENTRY = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM}
+
+JOINERS = "\u200c\u200d"  # invisible, and part of Persian and Indic words and of emoji
+
+
+@dataclass
+class Audit:
+    """What to tell about the data, collected while it is listed.
+
+    notes: lines to print. skipped: path and reason of each picture and folder that is not used.
+    other_files: how many files of each ending are no pictures.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    other_files: Counter[str] = field(default_factory=Counter)
+
+    def skip(self, path: str | Path, reason: str) -> None:
+        self.skipped.append({"path": str(path), "reason": reason})
+
+    def add(self, other: "Audit") -> None:
+        self.notes += other.notes
+        self.skipped += other.skipped
+        self.other_files += other.other_files
+
+    def describe_skipped(self) -> list[str]:
+        """Say in a line per reason what was skipped."""
+        paths_by_reason = defaultdict(list)
+        for entry in self.skipped:
+            paths_by_reason[entry["reason"]].append(entry["path"])
+        lines = [_describe(reason, paths) for reason, paths in paths_by_reason.items()]
+        if self.other_files:
+            counts = self.other_files.most_common(5)
+            endings = ", ".join(f"{n:,} {ending or 'without ending'}" for ending, n in counts)
+            total = self.other_files.total()
+            lines.append(f"not pictures: {total:,} files ({endings})")
+        return lines
+
+
+def _describe(reason: str, paths: Sequence[str]) -> str:
+    names = defaultdict(list)
+    for path in paths:
+        name = Path(path).name
+        names[ending_of(name) if reason == UNREAD_FORMAT else ""].append(name)
+    shown = "; ".join(
+        f"{ending.lstrip('.').upper()}: {join_names(same, 3)}" if ending else join_names(same)
+        for ending, same in names.items()
+    )
+    remedy = "; save them as JPEG" if reason == UNREAD_FORMAT else ""
+    return f"warning: skipped {len(paths):,} ({reason}): {shown}{remedy}"
+
+
+def join_names(names: Iterable[str], limit: int = 10) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def normalize_class_name(name: str) -> str:
+    """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left.
+
+    Invisible characters are dropped, except for joiners within a word. A name never begins with
+    what makes a spreadsheet compute it.
+    """
+    visible = "".join(c for c in name if c in JOINERS or unicodedata.category(c) != "Cf")
+    # Unicode 3.13 D145 folds between two normalizations; otherwise a second call changes more.
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", visible).casefold())
+    words = re.sub(r"[\s_\-\u2010-\u2015]+", "_", folded)
+    return words.lstrip("._=+@" + JOINERS).rstrip("_" + JOINERS)
+
+
+def list_folder(folder: Path) -> list["os.DirEntry[str]"]:
+    """List a folder by name, without what is hidden and what systems and file servers leave."""
+    with os.scandir(folder) as entries:
+        kept = [entry for entry in entries if not SERVICE_NAME.fullmatch(entry.name)]
+    return sorted(kept, key=lambda entry: entry.name)
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads nowhere is neither."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if _is_of_the_disk(error):
+            raise
+        return False
+
+
+def list_subfolders(folder: Path) -> dict[str, Path]:
+    return {entry.name: Path(entry.path) for entry in list_folder(folder) if is_folder(entry)}
+
+
+def ending_of(name: str) -> str:
+    """Return ".jpg" for "Lunch.JPG", and "" for "IMG_0001", "1.2" or "lunch.jpg?w=500"."""
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix if ENDING.fullmatch(suffix) else ""
+
+
+def is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVE_ENDINGS)
+
+
+def is_unread_picture(name: str) -> bool:
+    return bool(UNREAD_PICTURE.fullmatch(ending_of(name)))
+
+
+def is_image(entry: "os.DirEntry[str]") -> bool:
+    """Whether a file is one that is read, by its ending or, where it has none, by its header."""
+    ending = ending_of(entry.name)
+    return ending in IMAGE_EXTENSIONS or (not ending and _has_image_header(entry))
+
+
+def _has_image_header(entry: "os.DirEntry[str]") -> bool:
+    try:
+        if not entry.is_file():
+            return False
+        with Image.open(entry.path, formats=IMAGE_FORMATS):
+            return True
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def list_images(folder: Path, audit: Audit) -> list[str]:
+    """List the images directly in a folder; the audit gets the rest, or a folder that is locked."""
+    try:
+        entries = list_folder(folder)
+    except OSError as error:
+        audit.skip(folder, reason_of(error))
+        return []
+    images = []
+    for entry in entries:
+        if is_folder(entry):
+            audit.skip(entry.path, "a folder inside a class folder")
+        elif not is_image(entry):
+            skip_by_ending(entry, audit)
+        elif problem := problem_with(entry):
+            audit.skip(entry.path, problem)
+        else:
+            images.append(entry.path)
+    if not images:
+        audit.skip(folder, "a folder without images")
+    return images
+
+
+def skip_by_ending(entry: "os.DirEntry[str]", audit: Audit) -> None:
+    """Note a file that is no image, or none that is read."""
+    if is_unread_picture(entry.name):
+        audit.skip(entry.path, UNREAD_FORMAT)
+    else:
+        audit.other_files[ending_of(entry.name)] += 1
+
+
+def problem_with(entry: "os.DirEntry[str]") -> str:
+    """Say what keeps a file from being used, as far as that is seen without reading it; or ""."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return reason_of(error)
+    if not stat.S_ISREG(status.st_mode):
+        return NOT_A_FILE
+    return "" if status.st_size else "an empty file"
+
+
+def reason_of(error: OSError) -> str:
+    """Say what is wrong with one file or folder; what is wrong with its disk is raised again."""
+    if _is_of_the_disk(error):
+        raise error
+    return f"cannot be opened: {error.strerror}"
+
+
+def _is_of_the_disk(error: OSError) -> bool:
+    return error.errno not in OF_ONE_ENTRY
+
+
+def class_folders(root: Path, audit: Audit) -> dict[str, list[Path]]:
+    """Return normalized name -> the folders of that class; "" gathers names that say nothing.
+
+    Raises:
+        DataError: names that no file of a model can hold.
+    """
+    folders = defaultdict(list)
+    found = list_subfolders(root)
+    if unfit := {name: point for name in found if (point := _unfit_character(name))}:
+        spelled = ", ".join(f"{name!r} (U+{ord(point):04X})" for name, point in unfit.items())
+        raise DataError(
+            f"{root} has class folders whose names hold characters that are not text: {spelled}; "
+            "rename them"
+        )
+    for name, folder in found.items():
+        folders[normalize_class_name(name)].append(folder)
+    for name, same in folders.items():
+        if len(same) > 1:
+            spelled = ", ".join(folder.name for folder in same)
+            audit.notes.append(f"the folders {spelled} in {root} are one class: {name}")
+    return dict(folders)
+
+
+def _unfit_character(name: str) -> str:
+    """Return the first control character or half of a surrogate pair: no JSON reader takes it."""
+    return next((c for c in name if unicodedata.category(c) in ("Cc", "Cs")), "")
+
+
+def images_by_class(root: Path, audit: Audit) -> ImagesByClass:
+    """List the images of each class folder; the audit gets the folders without any."""
+    images: ImagesByClass = {}
+    for name, folders in class_folders(root, audit).items():
+        for folder in folders:
+            if not name:
+                audit.skip(folder, "a folder name without a letter or digit")
+            elif found := list_images(folder, audit):
+                images.setdefault(name, []).extend(found)
+    return images
