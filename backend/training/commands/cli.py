@@ -166,7 +166,6 @@ def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
             model,
             options.predict,
             top_k=options.top_k,
-            csv_path=None,
             device=device,
             num_workers=config.num_workers,
         )

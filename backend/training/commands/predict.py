@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -38,6 +39,7 @@ from training.errors import DataError
 BATCH_SIZE = 32
 PREDICTIONS_CSV = Path("predictions.csv")  # in the current folder: photos may be read-only
 FIRST_COLUMNS = "file,verdict,class_1,probability_1,"  # how a file of ours begins
+CSV_ENCODING = "utf-8-sig"  # without the mark at its start Excel takes "crème" for another encoding
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # Excel evaluates cells that begin so
 VERDICT_WORDS = {
     "confident": "confident",
@@ -53,7 +55,6 @@ def predict_paths(
     paths: Sequence[str],
     *,
     top_k: int,
-    csv_path: Path | None,
     device: torch.device,
     num_workers: int | str,
 ) -> int:
@@ -64,10 +65,9 @@ def predict_paths(
     """
     top_k = min(top_k, len(model.classes))
     paths = [path for pattern in paths for path in expand(pattern)]
-    if csv_path is None and not any(map(os.path.isdir, paths)):
+    if not any(map(os.path.isdir, paths)):
         return 1 if print_predictions(model, paths, top_k) else 0
-    csv_path = csv_path or PREDICTIONS_CSV
-    check_target(csv_path)
+    check_target(PREDICTIONS_CSV)
     audit = Audit()
     images = find_images(paths, audit)
     for line in audit.describe_skipped():
@@ -75,9 +75,9 @@ def predict_paths(
     batches = predictions(model, images, top_k, device, reader_processes(num_workers, device))
     try:
         with contextlib.closing(batches):
-            unread = write_predictions(csv_path, batches, len(images), top_k)
+            unread = write_predictions(PREDICTIONS_CSV, batches, len(images), top_k)
     except KeyboardInterrupt:
-        logger.info("stopped; %s holds the predictions so far", csv_path)
+        logger.info("stopped; %s holds the predictions so far", PREDICTIONS_CSV)
         return 130
     return 1 if len(unread) == len(images) or unread & set(paths) else 0
 
@@ -182,19 +182,29 @@ def check_target(path: Path) -> None:
     """Refuse to replace any file but one of predictions.
 
     Raises:
-        OSError: it is something else, or cannot be read.
+        DataError: it is something else.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"--predictions {path} is a folder; name a file in it")
-    if not path.is_file():  # new, or a device such as /dev/stdout
-        return
-    with path.open("rb") as file:
-        start = file.read(len(FIRST_COLUMNS))
-    if start not in (b"", FIRST_COLUMNS.encode()):
-        raise FileExistsError(
-            f"{path} already exists and is not a list of predictions; name another file with "
-            "--predictions"
+    if path.exists() and not (path.is_file() and _begins_as_predictions(path)):
+        raise DataError(
+            f"{path.absolute()} already exists and is not a list of predictions; rename it, or "
+            "run the command in another folder"
         )
+
+
+def _begins_as_predictions(path: Path) -> bool:
+    with path.open(encoding=CSV_ENCODING, errors="replace") as file:
+        return file.read(len(FIRST_COLUMNS)) in ("", FIRST_COLUMNS)
+
+
+def _open_for_writing(path: Path) -> TextIO:
+    try:
+        # backslashreplace: a file name may hold bytes that are not text
+        return path.open("w", newline="", encoding=CSV_ENCODING, errors="backslashreplace")
+    except OSError as error:
+        raise DataError(
+            f"{path.absolute()} cannot be written ({error.strerror}); run the command in a folder "
+            "of your own"
+        ) from error
 
 
 def write_predictions(
@@ -207,12 +217,7 @@ def write_predictions(
     columns = [f"{part}_{rank + 1}" for rank in range(top_k) for part in ("class", "probability")]
     counts, unread, began = Counter[str](), list[str](), time.perf_counter()
     bar = tqdm(total=num_images, unit=" images", disable=None, leave=False)
-    # backslashreplace: a file name may hold bytes that are not text
-    with (
-        path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        logging_redirect_tqdm(),
-        bar,
-    ):
+    with _open_for_writing(path) as file, logging_redirect_tqdm(), bar:
         writer = csv.writer(file)
         writer.writerow(["file", "verdict", *columns, "error"])
         for batch in batches:

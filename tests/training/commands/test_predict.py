@@ -21,9 +21,10 @@ from tests.support.runs import start
 
 import train_model
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
+from training.commands import cli
 from training.commands import predict as predicting
-from training.commands.predict import check_target, predict_paths, predictions
 from training.commands.predict import find_images as find_and_audit
+from training.commands.predict import predict_paths, predictions
 from training.data.folders import Audit
 from training.errors import DataError
 
@@ -71,13 +72,12 @@ def find_images(paths: list[str]) -> list[str]:
     return find_and_audit(paths, Audit())
 
 
-def predict(model: FoodPredictor, *paths: str, csv_path: str | None = None, top_k: int = 2) -> int:
-    where = Path(csv_path) if csv_path else None
-    return predict_paths(model, paths, top_k=top_k, csv_path=where, device=CPU, num_workers=0)
+def predict(model: FoodPredictor, *paths: str, top_k: int = 2) -> int:
+    return predict_paths(model, paths, top_k=top_k, device=CPU, num_workers=0)
 
 
 def rows(path: str = "predictions.csv") -> list[dict[str, str]]:
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
 
 
@@ -123,7 +123,7 @@ def test_the_table_has_a_row_per_picture(
     bad = str(photos / "dinner" / "05.png")
     others, skipped, counts, failed, place = caplog.messages
     assert others == "not pictures: 1 files (1 .txt)"
-    assert skipped.startswith(f"left out {bad}: ")
+    assert skipped.startswith(f"skipped {bad}: ")
     verdicts = r"(\d+) confident, (\d+) unsure, (\d+) not_food, 1 could not be read"
     found = re.fullmatch(rf"9 images: {verdicts}; \d+\.\d images/s", counts)
     assert found and sum(map(int, found.groups())) == 8
@@ -246,22 +246,26 @@ def test_service_folders_are_not_walked(photos: Path, name: str) -> None:
 
 
 @pytest.mark.usefixtures("photos")
-def test_a_pattern_that_the_shell_left_is_expanded(model: FoodPredictor) -> None:
+def test_a_pattern_that_the_shell_left_is_expanded(
+    model: FoodPredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
     """cmd.exe hands photos\\*.jpg on as it is."""
     pattern = os.path.join("photos", "lunch", "*.jpg")
-    assert predict(model, pattern, csv_path="out.csv") == 0
+    assert predict(model, pattern) == 0
     lunches = [os.path.join("photos", "lunch", f"{n:02}.jpg") for n in (1, 3, 5, 7)]
-    assert [row["file"] for row in rows("out.csv")] == lunches
+    assert [line for line in capsys.readouterr().out.splitlines() if line[0] != " "] == lunches
     assert predict(model, os.path.join("photos", "l*")) == 0  # a folder
     assert [row["file"] for row in rows()] == lunches
     with pytest.raises(DataError, match=r"--predict nothing\*\.jpg: no file matches"):
         predict(model, "nothing*.jpg")
 
 
-def test_a_file_may_be_named_like_a_pattern(model: FoodPredictor) -> None:
+def test_a_file_may_be_named_like_a_pattern(
+    model: FoodPredictor, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = str(picture(Path("lunch [1].jpg")))
-    assert predict(model, name, csv_path="out.csv") == 0
-    assert rows("out.csv")[0]["file"] == name
+    assert predict(model, name) == 0
+    assert capsys.readouterr().out.startswith(name)
 
 
 @pytest.mark.usefixtures("photos")
@@ -274,24 +278,22 @@ def test_exit_code_is_1_for_what_was_named_and_for_nothing_at_all(model: FoodPre
     assert predict(model, "only") == 1
 
 
-@pytest.mark.usefixtures("photos")
-def test_single_files_go_to_the_table_that_is_asked_for(
-    model: FoodPredictor, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert predict(model, "photos/lunch/01.jpg", csv_path="out.csv", top_k=9) == 0
-    (row,) = rows("out.csv")
-    assert row["file"] == "photos/lunch/01.jpg" and row["class_4"] and "class_5" not in row
-    assert capsys.readouterr().out == ""
-
-
 def test_no_file_name_becomes_a_formula(model: FoodPredictor) -> None:
-    names = ["=1+1.jpg", "+1.jpg", "@x.jpg", "-1.jpg", "\tx.jpg", "plain.jpg"]
+    names = ["=1+1", "+1", "@x", "-1", "\tx", "plain"]
     for name in names:
-        picture(Path(name))
-    assert predict(model, *names, csv_path="out.csv") == 0
-    files = [row["file"] for row in rows("out.csv")]
-    assert files == [os.path.join(".", name) for name in names[:5]] + ["plain.jpg"]
+        picture(Path(name) / "lunch.jpg")
+    assert predict(model, *names) == 0
+    files = [row["file"] for row in rows()]
+    found = [os.path.join(name, "lunch.jpg") for name in names]
+    assert files == [os.path.join(".", name) for name in found[:5]] + found[5:]
     assert all(Path(file).is_file() for file in files)
+
+
+def test_a_spreadsheet_reads_the_table_as_utf8(model: FoodPredictor) -> None:
+    picture(Path("photos") / "crème.jpg")
+    assert predict(model, "photos") == 0
+    content = Path("predictions.csv").read_bytes()
+    assert content.startswith(b"\xef\xbb\xbffile,") and "crème.jpg".encode() in content
 
 
 def test_a_name_that_is_no_text_is_written_all_the_same(model: FoodPredictor) -> None:
@@ -306,19 +308,37 @@ def test_a_name_that_is_no_text_is_written_all_the_same(model: FoodPredictor) ->
 
 @pytest.mark.usefixtures("photos")
 def test_only_a_table_of_predictions_is_replaced(model: FoodPredictor) -> None:
-    assert predict(model, "photos/lunch", csv_path="out.csv") == 0
-    assert predict(model, "photos", csv_path="out.csv", top_k=1) == 0
-    assert len(rows("out.csv")) == 9
-    Path("empty.csv").touch()
-    check_target(Path("empty.csv"))
-    check_target(Path("new.csv"))
+    assert predict(model, "photos/lunch") == 0
+    assert predict(model, "photos", top_k=1) == 0
+    assert len(rows()) == 9
+    for earlier in ("", "file,verdict,class_1,probability_1,error\n"):  # without a mark
+        Path("predictions.csv").write_text(earlier, encoding="utf-8")
+        assert predict(model, "photos/lunch") == 0
     mine = "file,verdict\nlunch.jpg,delicious\n"
     Path("predictions.csv").write_text(mine, encoding="utf-8")
-    with pytest.raises(FileExistsError, match=r"predictions.csv already exists .*--predictions"):
+    with pytest.raises(DataError, match=r"predictions.csv already exists .* another folder"):
         predict(model, "photos")
     assert Path("predictions.csv").read_text(encoding="utf-8") == mine
-    with pytest.raises(IsADirectoryError, match="photos is a folder"):
-        predict(model, "photos", csv_path="photos")
+    Path("predictions.csv").unlink()
+    Path("predictions.csv").mkdir()
+    with pytest.raises(DataError, match="already exists"):
+        predict(model, "photos")
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_table_that_cannot_be_written_is_said_before_predicting(
+    model: FoodPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, mode: str = "r", **kwargs: object) -> object:
+        if mode == "w":
+            raise OSError(30, "Read-only file system", str(path))
+        return opened(path, mode, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"predictions.csv cannot be written \(Read-only"):
+        predict(model, "photos")
 
 
 @pytest.mark.usefixtures("photos")
@@ -376,15 +396,15 @@ def test_a_name_that_is_no_text_is_printed_and_the_next_picture_answered(
 @pytest.mark.usefixtures("photos")
 def test_the_command_walks_folders(model_dir: Path) -> None:
     command = ["--output_dir", str(model_dir), "--num_workers", "0", "--predict", "photos"]
-    assert train_model.main([*command, "--predictions", "found.csv", "--top_k", "1"]) == 0
-    assert list(rows("found.csv")[0]) == ["file", "verdict", "class_1", "probability_1", "error"]
-    assert len(rows("found.csv")) == 9
+    assert train_model.main([*command, "--top_k", "1"]) == 0
+    assert list(rows()[0]) == ["file", "verdict", "class_1", "probability_1", "error"]
+    assert len(rows()) == 9
 
 
 @pytest.mark.usefixtures("photos")
 def test_the_device_is_honoured(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(train_model, "choose_device", lambda name, _: asked.append(name) or CPU)
+    monkeypatch.setattr(cli, "choose_device", lambda name, _: asked.append(name) or CPU)
     command = ["--output_dir", str(model_dir), "--device", "cuda", "--predict"]
     assert train_model.main([*command, "photos/lunch/01.jpg"]) == 0
     assert asked == ["cuda"]
