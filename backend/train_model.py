@@ -30,19 +30,15 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import LOCK_NAME as RELEASE_LOCK_NAME
 from app.ml.artifacts import ModelRecord
-from app.ml.durable import check_writable
 from app.ml.model import (
     TrainedPart,
     backbone,
     build_model,
     describe_split,
-    dropout_mask,
     load_pretrained,
     split_model,
 )
@@ -67,9 +63,8 @@ from training.data.splits import FoodData, load_food_data
 from training.errors import ConfigError, TrainingError
 from training.release.release import TrainingResult, release_model
 from training.run.checkpointer import Checkpointer
-from training.run.copies import check_mounted
 from training.run.resume import find_checkpoint
-from training.run.session import Session, session
+from training.run.session import Session, check_folders, session
 from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
 from training.sample.generate import draw_sample
 
@@ -118,9 +113,10 @@ def gradients(
     run.optimizer.zero_grad(set_to_none=True)
     device = batch.features.device
     labels = batch.labels.to(device, non_blocking=True)  # (N,)
-    masks = dropout_masks(run, batch).to(device, non_blocking=True)  # (N, num_features)
+    masks = run.dropout_masks(batch.positions).to(device, non_blocking=True)  # (N, num_features)
     loss_sum, correct = torch.zeros(2, device=device).unbind()
-    for part in parts_of(run, batch, processes):
+    share = len(labels), batch.num_images
+    for part in run.micro_batch.equal_parts(*share, processes.world_size):
         with autocast(batch.features):
             logits = module(batch.features[part], masks[part])  # (n, num_classes)
         loss = nn.functional.cross_entropy(
@@ -134,27 +130,6 @@ def gradients(
         loss_sum += loss.detach()
         correct += (logits.argmax(dim=1) == labels[part]).sum()
     return loss_sum, correct
-
-
-def parts_of(run: Run, batch: FeatureBatch, processes: Processes) -> list[slice]:
-    """Cut a share into parts, as many in every process: each waits for the others' gradients."""
-    num_images = len(batch.labels)
-    if processes.world_size == 1:
-        return run.micro_batch.parts(num_images) if num_images else []
-    largest_share = -(-batch.num_images // processes.world_size)
-    parts, empty = run.micro_batch.parts(num_images), slice(num_images, num_images)
-    return parts + [empty] * (len(run.micro_batch.parts(largest_share)) - len(parts))
-
-
-def dropout_masks(run: Run, batch: FeatureBatch) -> Tensor:
-    """Draw (N, num_features) from (seed, epoch, batch), so that a resumed run repeats them.
-
-    They are drawn for the whole batch, whatever share of it is ours.
-    """
-    key = np.random.SeedSequence((run.config.seed, run.progress.epoch, run.progress.batch))
-    generator = torch.Generator().manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
-    num_features = run.trained.linear.in_features
-    return dropout_mask(run.config.batch_size, num_features, generator)[batch.positions]
 
 
 @contextlib.contextmanager
@@ -379,18 +354,6 @@ def build_run(
     )
 
 
-def check_folders(config: TrainingConfig) -> None:
-    """Fail before hours of training where their result could not be written.
-
-    Raises:
-        FolderError, CheckpointError: one line that names the flag.
-    """
-    check_writable(config.checkpoint_dir, "--checkpoint_dir")
-    if config.checkpoint_copy_dir:
-        check_mounted(config.checkpoint_copy_dir)
-    check_writable(config.output_dir, "--output_dir", RELEASE_LOCK_NAME)
-
-
 def load_data(config: TrainingConfig) -> FoodData:
     """List the images, drawing the sample first if it is asked for."""
     data_dir = draw_sample(config.data_dir / "sample") if config.sample else config.data_dir
@@ -444,7 +407,7 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     sources = (train_batches, val_batches)
     with session(run, run_dir, data, checkpoint, device, processes, sources) as keeper:
         fit(run, train_batches, val_batches, keeper, processes)
-        if not keeper.part():
+        if not keeper.end_training():
             return None
         run.use_best_weights()
         released = release_model(run.model, data, training_result(run, command), device)

@@ -29,6 +29,16 @@ class MicroBatch:
         """Return at least one part, which is empty where there are no images."""
         return [slice(i, i + self.size) for i in range(0, max(num_images, 1), self.size)]
 
+    def equal_parts(self, num_images: int, whole: int, world_size: int) -> list[slice]:
+        """Return as many parts of a share in every process: each waits for the others' gradients.
+
+        whole: images of the whole batch, over all processes. Alone, nothing needs no part.
+        """
+        if world_size == 1:
+            return self.parts(num_images) if num_images else []
+        parts, empty = self.parts(num_images), slice(num_images, num_images)
+        return parts + [empty] * (len(self.parts(-(-whole // world_size))) - len(parts))
+
     def attempt(self, compute: Callable[[], Result]) -> Result:
         """Return compute(), called again with a smaller size each time memory runs out."""
         while True:

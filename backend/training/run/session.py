@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
-from app.ml.artifacts import ModelRecord
+from app.ml.artifacts import LOCK_NAME, ModelRecord
+from app.ml.durable import check_writable
 from training.compute.distributed import Processes, losses_explained
 from training.compute.features import FeatureSource
+from training.config import TrainingConfig
 from training.data.manifest import write_manifest
 from training.data.splits import FoodData
 from training.errors import DataError
 from training.run.checkpointer import Checkpointer
 from training.run.checkpoints import Checkpoint
+from training.run.copies import check_mounted
 from training.run.record import RunEnd, recording
 from training.run.resume import locked, mark_finished
 from training.run.state import Run
@@ -34,7 +37,7 @@ class Session:
         self._sources, self._closing = sources, closing
         self.version: int | None = None
 
-    def part(self) -> bool:
+    def end_training(self) -> bool:
         """Close the readers and let the other processes go; True in the one that releases.
 
         There is nothing left to save: from now on a signal ends the run at once.
@@ -57,6 +60,18 @@ class Session:
         """Note the version that the run was released as."""
         self.end.finish(released)
         self.version = released.version
+
+
+def check_folders(config: TrainingConfig) -> None:
+    """Fail before hours of training where their result could not be written.
+
+    Raises:
+        FolderError, CheckpointError: one line that names the flag.
+    """
+    check_writable(config.checkpoint_dir, "--checkpoint_dir")
+    if config.checkpoint_copy_dir:
+        check_mounted(config.checkpoint_copy_dir)
+    check_writable(config.output_dir, "--output_dir", LOCK_NAME)
 
 
 @contextlib.contextmanager

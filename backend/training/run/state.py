@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.model import TrainedPart
+from app.ml.model import TrainedPart, dropout_mask
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
 
@@ -173,6 +174,17 @@ class Run:
             for module in self.trained.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
+
+    def dropout_masks(self, positions: Tensor) -> Tensor:
+        """Draw (N, num_features) from (seed, epoch, batch), so that a resumed run repeats them.
+
+        positions: (N,) in the whole batch, for all of which they are drawn, whatever share is ours.
+        """
+        key = (self.config.seed, self.progress.epoch, self.progress.batch)
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+        num_features = self.trained.linear.in_features
+        generator = torch.Generator().manual_seed(seed)
+        return dropout_mask(self.config.batch_size, num_features, generator)[positions]
 
     def use_best_weights(self) -> None:
         """Put the weights of the best epoch into the model."""
