@@ -10,21 +10,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from app.ml.artifacts import ArtifactError, ModelRecord, read_record, report_folder_name
-from training.release.metrics import (
-    PREDICTIONS_NAME,
-    Z_95,
-    calibration_error,
-    reliability_bins,
-    wilson_interval,
-)
-from training.release.report import write_comparison
+from training.release.calibration import Bin, calibration_error, reliability_bins
+from training.release.metrics import PREDICTIONS_NAME, wilson_interval
+from training.release.report import PICTURES_SHOWN, with_thumbnail, write_page
+from training.release.tables import read_table
 
 CLEAR = 0.05  # a p-value below is called a clear difference
+Z_95 = 1.959964  # two-sided 95% quantile of the normal distribution
 PRINTED_CLASSES = 10
 PRINTED_NAMES = 5
 
@@ -61,11 +58,71 @@ class VersionTest:
         return f"v{self.record.version}"
 
 
+class VersionScores(TypedDict):
+    """One version's scores on the images of both."""
+
+    name: str
+    model_name: str
+    created: str
+    num_classes: int
+    top1: float
+    top1_ci95: tuple[float, float]
+    top5: float
+    ece: float
+    bins: list[Bin]
+
+
+class ClassChange(TypedDict):
+    """One class: old and new are its recall; is_clear: after correction for all the classes."""
+
+    class_name: str
+    images: int
+    old: float
+    new: float
+    gained: int
+    lost: int
+    change: float
+    is_clear: bool
+
+
+class Flip(TypedDict):
+    """An image that one version alone got right."""
+
+    file: str
+    actual: str
+    old: Answer
+    new: Answer
+    wrong_confidence: float
+
+
+class Comparison(TypedDict):
+    """What the page and the printed table say; "gained" is what the new version alone gets right.
+
+    difference: of the top-1 accuracies. flips: "lost" and "gained". settings: name, old, new.
+    """
+
+    versions: tuple[VersionScores, VersionScores]
+    num_images: int
+    both_right: int
+    both_wrong: int
+    gained: int
+    lost: int
+    difference: float
+    difference_ci95: tuple[float, float]
+    p_text: str
+    is_clear: bool
+    conclusion: str
+    per_class: list[ClassChange]
+    flips: dict[str, list[Flip]]
+    settings: list[tuple[str, object, object]]
+    notes: list[str]
+
+
 def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Path:
     """Print how the new version differs from the old one and draw it; the page.
 
     Raises:
-        ArtifactError: a version or its test is not there, or no image was in both tests.
+        ArtifactError: a version or its test is missing, or no image was in both tests.
     """
     if old_version == new_version:
         raise ComparisonError(f"--compare v{old_version} v{new_version}: these are the same")
@@ -74,10 +131,8 @@ def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Pat
     for line in summary_lines(comparison):
         print(line)  # noqa: T201
     page = model_dir / f"comparison_v{old_version}_v{new_version}.html"
-    if gone := write_comparison(page, comparison):
-        logger.warning(
-            "pictures that the page cannot show any more: %d (%s)", len(gone), _some_of(gone)
-        )
+    if missing := write_comparison(page, comparison):
+        logger.warning("pictures no longer available: %d (%s)", len(missing), _some_of(missing))
     return page
 
 
@@ -85,13 +140,12 @@ def read_test(model_dir: Path, version: int) -> VersionTest:
     """A version's record and what it answered in its test.
 
     Raises:
-        ArtifactError: not there or not readable.
+        ArtifactError: missing or unreadable.
     """
     record = read_record(model_dir, version)
     path = model_dir / report_folder_name(version) / PREDICTIONS_NAME
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            answers = {row["file"]: _answer(row) for row in csv.DictReader(file)}
+        answers = {row["file"]: _answer(row) for row in read_table(path)}
     except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ComparisonError(
             f"{path} cannot be used ({error!r}); it holds the test of version {version}, without "
@@ -101,14 +155,12 @@ def read_test(model_dir: Path, version: int) -> VersionTest:
 
 
 def _answer(row: dict[str, str]) -> Answer:
-    if None in row.values():
-        raise ValueError("its last line is cut off")
     return Answer(
         row["actual"], row["predicted"], float(row["confidence"]), int(row["actual_rank"])
     )
 
 
-def compare(old: VersionTest, new: VersionTest) -> dict[str, Any]:
+def compare(old: VersionTest, new: VersionTest) -> Comparison:
     """Everything the page and the printed table say.
 
     Raises:
@@ -122,23 +174,25 @@ def compare(old: VersionTest, new: VersionTest) -> dict[str, Any]:
             f"{_first(old)}, {new.name}: {_first(new)}); train both on the same data"
         )
     hits = np.array([[t.answers[p].correct for p in paths] for t in (old, new)])  # (2, N)
-    gained, lost = int((~hits[0] & hits[1]).sum()), int((hits[0] & ~hits[1]).sum())
+    is_gained, is_lost = ~hits[0] & hits[1], hits[0] & ~hits[1]
+    gained, lost = int(is_gained.sum()), int(is_lost.sum())
+    p_value = mcnemar_p(gained, lost)
     return {
-        "versions": [_scores(tested, paths) for tested in (old, new)],
+        "versions": (_scores(old, paths), _scores(new, paths)),
         "num_images": len(paths),
         "both_right": int((hits[0] & hits[1]).sum()),
         "both_wrong": int((~hits[0] & ~hits[1]).sum()),
         "gained": gained,
         "lost": lost,
         "difference": (gained - lost) / len(paths),
-        "difference_ci95": list(paired_interval(gained, lost, len(paths))),
-        "p_text": _p_text(p_value := mcnemar_p(gained, lost)),
+        "difference_ci95": paired_interval(gained, lost, len(paths)),
+        "p_text": _p_text(p_value),
         "is_clear": p_value < CLEAR,
         "conclusion": _conclusion(old.name, new.name, gained - lost, p_value),
         "per_class": _class_changes(old, new, paths),
         "flips": {
-            "lost": _flips(old, new, paths, hits[0] & ~hits[1]),
-            "gained": _flips(old, new, paths, ~hits[0] & hits[1]),
+            "lost": _flips(old, new, paths, is_lost),
+            "gained": _flips(old, new, paths, is_gained),
         },
         "settings": _other_settings(old.record, new.record),
         "notes": _notes(old, new, shared, paths),
@@ -151,25 +205,22 @@ def mcnemar_p(gained: int, lost: int) -> float:
     McNemar's test (1947, Psychometrika 12:153) in its exact, two-sided, binomial form; Dietterich
     (1998, Neural Computation 10:1895) advises it for two classifiers and one test set.
     """
-    flips, fewer = gained + lost, min(gained, lost)
-    ways = tail = 1  # to choose k of the flips; exact in whole numbers
-    for k in range(1, fewer + 1):
-        ways = ways * (flips - k + 1) // k
-        tail += ways
-    return min(1.0, 2 * tail / 2**flips)
+    from scipy.stats import binomtest  # takes seconds, which other commands should not pay
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
-    """The 95 % interval of the difference of two shares of the same images.
+    """The 95% interval of the difference of two shares of the same images.
 
     Wald's interval with half an image more in each of the four cells (Agresti and Min 2005,
-    Statistics in Medicine 24:729), which keeps its 95 % for few images too.
+    Statistics in Medicine 24:729), which keeps its 95% for few images too.
     """
     gained_up, lost_up, total_up = gained + 0.5, lost + 0.5, total + 2
-    centre = (gained_up - lost_up) / total_up
-    variance = (gained_up + lost_up) / total_up - centre**2
+    center = (gained_up - lost_up) / total_up
+    variance = (gained_up + lost_up) / total_up - center**2
     half = Z_95 * math.sqrt(variance / total_up)
-    return max(-1.0, centre - half), min(1.0, centre + half)
+    return max(-1.0, center - half), min(1.0, center + half)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -185,7 +236,7 @@ def _first(tested: VersionTest) -> str:
     return next(iter(tested.answers), "none at all")
 
 
-def _scores(tested: VersionTest, paths: Sequence[str]) -> dict[str, Any]:
+def _scores(tested: VersionTest, paths: Sequence[str]) -> VersionScores:
     answers = [tested.answers[path] for path in paths]
     ranks = np.array([answer.actual_rank for answer in answers])
     confidences = np.array([answer.confidence for answer in answers])
@@ -197,7 +248,7 @@ def _scores(tested: VersionTest, paths: Sequence[str]) -> dict[str, Any]:
         "created": tested.record.created,
         "num_classes": len(tested.record.classes),
         "top1": top1 / len(paths),
-        "top1_ci95": list(wilson_interval(top1, len(paths))),
+        "top1_ci95": wilson_interval(top1, len(paths)),
         "top5": top5 / len(paths),
         "ece": calibration_error(bins),
         "bins": bins,
@@ -207,56 +258,63 @@ def _scores(tested: VersionTest, paths: Sequence[str]) -> dict[str, Any]:
 def _p_text(p_value: float) -> str:
     if p_value < 0.001:
         return "p < 0.001"
-    digits = 5 if abs(p_value - CLEAR) < 0.0005 else 3  # no "0.050" on both sides of the line
+    digits = 5 if abs(p_value - CLEAR) < 0.0005 else 3  # "0.050" would be on both sides of CLEAR
     return f"p = {p_value:.{digits}f}"
 
 
 def _conclusion(old: str, new: str, gain: int, p_value: float) -> str:
     if p_value >= CLEAR:
-        return f"No clear difference: chance alone may do as much ({_p_text(p_value)})."
+        return f"No clear difference: it may be chance ({_p_text(p_value)})."
     return f"{new} is {'better' if gain > 0 else 'worse'} than {old} ({_p_text(p_value)})."
 
 
-def _class_changes(
-    old: VersionTest, new: VersionTest, paths: Sequence[str]
-) -> list[dict[str, Any]]:
+def _class_changes(old: VersionTest, new: VersionTest, paths: Sequence[str]) -> list[ClassChange]:
     """One record per class, the largest change first."""
-    members: dict[str, list[tuple[bool, bool]]] = {}
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
     for path in paths:
-        pair = (old.answers[path].correct, new.answers[path].correct)
-        members.setdefault(new.answers[path].actual, []).append(pair)
-    changes: list[dict[str, Any]] = [
+        before, after = old.answers[path], new.answers[path]
+        pairs.setdefault(after.actual, []).append((before.correct, after.correct))
+    names = list(pairs)
+    gained = [pairs[name].count((False, True)) for name in names]
+    lost = [pairs[name].count((True, False)) for name in names]
+    p_values = holm([mcnemar_p(*counts) for counts in zip(gained, lost, strict=True)])
+    changes: list[ClassChange] = [
         {
             "class_name": name,
-            "images": len(pairs),
-            "old": sum(before for before, _ in pairs) / len(pairs),
-            "new": sum(after for _, after in pairs) / len(pairs),
-            "gained": (gained := pairs.count((False, True))),
-            "lost": (lost := pairs.count((True, False))),
-            "change": (gained - lost) / len(pairs),
+            "images": len(pairs[name]),
+            "old": sum(before for before, _ in pairs[name]) / len(pairs[name]),
+            "new": sum(after for _, after in pairs[name]) / len(pairs[name]),
+            "gained": gained[i],
+            "lost": lost[i],
+            "change": (gained[i] - lost[i]) / len(pairs[name]),
+            "is_clear": p_values[i] < CLEAR,
         }
-        for name, pairs in members.items()
+        for i, name in enumerate(names)
     ]
-    corrected = holm([mcnemar_p(change["gained"], change["lost"]) for change in changes])
-    for change, p_value in zip(changes, corrected, strict=True):
-        change["is_clear"] = p_value < CLEAR
     return sorted(changes, key=lambda c: (-abs(c["change"]), -c["images"], c["class_name"]))
 
 
 def _flips(
     old: VersionTest, new: VersionTest, paths: Sequence[str], flipped: np.ndarray
-) -> list[dict[str, Any]]:
-    """The flipped pictures with both answers; those with the surest wrong answer first."""
+) -> list[Flip]:
+    """The flipped pictures with both answers; the most confident wrong answer first."""
     rows = []
     for path in (paths[i] for i in np.flatnonzero(flipped).tolist()):
         before, after = old.answers[path], new.answers[path]
         wrong = after if before.correct else before
-        pair = {"old": before, "new": after, "actual": after.actual}
-        rows.append({"file": path, "surest": wrong.confidence, **pair})
-    return sorted(rows, key=lambda row: -row["surest"])
+        rows.append(
+            Flip(
+                file=path,
+                actual=after.actual,
+                old=before,
+                new=after,
+                wrong_confidence=wrong.confidence,
+            )
+        )
+    return sorted(rows, key=lambda row: -row["wrong_confidence"])
 
 
-def _other_settings(old: ModelRecord, new: ModelRecord) -> list[tuple[str, Any, Any]]:
+def _other_settings(old: ModelRecord, new: ModelRecord) -> list[tuple[str, object, object]]:
     """What both were trained with differently: name, then, now."""
     before, after = old.training, new.training
     names = dict.fromkeys([*before, *after])
@@ -264,14 +322,13 @@ def _other_settings(old: ModelRecord, new: ModelRecord) -> list[tuple[str, Any, 
 
 
 def _notes(old: VersionTest, new: VersionTest, shared: list[str], paths: list[str]) -> list[str]:
-    """What was left out of the comparison, and what makes it less than fair."""
-    notes = [
-        f"{only:,} images that only {tested.name} was tested on are left out."
-        for tested in (old, new)
-        if (only := len(tested.answers) - len(shared))
-    ]
+    """What the comparison skips, and what makes it less than fair."""
+    notes = []
+    for tested in (old, new):
+        if only := len(tested.answers) - len(shared):
+            notes.append(f"{only:,} images that only {tested.name} was tested on are not compared.")
     if moved := len(shared) - len(paths):
-        notes.append(f"{moved:,} images that changed their class in between are left out.")
+        notes.append(f"{moved:,} images whose class changed in between are not compared.")
     for tested, other in ((old, new), (new, old)):
         if more := sorted(set(tested.record.classes) - set(other.record.classes)):
             notes.append(
@@ -285,7 +342,17 @@ def _some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:PRINTED_NAMES]) + (" …" if len(names) > PRINTED_NAMES else "")
 
 
-def summary_lines(comparison: dict[str, Any]) -> list[str]:
+def write_comparison(path: Path, comparison: Comparison) -> list[str]:
+    """Draw the comparison as one page; the pictures that are no longer available, by path."""
+    shown = {
+        kind: [with_thumbnail(flip) for flip in flips[:PICTURES_SHOWN]]
+        for kind, flips in comparison["flips"].items()
+    }
+    write_page(path, "comparison.html", comparison=comparison, shown=shown)
+    return [flip["file"] for flips in shown.values() for flip in flips if not flip["thumbnail"]]
+
+
+def summary_lines(comparison: Comparison) -> list[str]:
     """The comparison as it is printed."""
     old, new = comparison["versions"]
     low, high = comparison["difference_ci95"]
@@ -294,10 +361,12 @@ def summary_lines(comparison: dict[str, Any]) -> list[str]:
         f"{v['top1']:.4f} ({v['top1_ci95'][0]:.3f} to {v['top1_ci95'][1]:.3f})" for v in (old, new)
     ]
     rows.append(["top-1", *tops, f"{comparison['difference']:+.4f} ({low:+.3f} to {high:+.3f})"])
-    for key, label in (("top5", "top-5"), ("ece", "ECE")):
-        values = [f"{version[key]:.4f}" for version in (old, new)]
-        rows.append([label, *values, f"{new[key] - old[key]:+.4f}"])
-    rows.append(["right there only", str(comparison["lost"]), str(comparison["gained"]), ""])
+    for label, before, after in (
+        ("top-5", old["top5"], new["top5"]),
+        ("ECE", old["ece"], new["ece"]),
+    ):
+        rows.append([label, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"])
+    rows.append(["correct only here", str(comparison["lost"]), str(comparison["gained"]), ""])
     classes = comparison["per_class"]
     return [
         f"{old['name']} ({old['model_name']}) and {new['name']} ({new['model_name']}) on "
@@ -312,14 +381,14 @@ def summary_lines(comparison: dict[str, Any]) -> list[str]:
     ]
 
 
-def _class_lines(classes: list[dict[str, Any]], old: str, new: str) -> list[str]:
+def _class_lines(classes: list[ClassChange], old: str, new: str) -> list[str]:
     rows = [["class", "images", old, new, "change", "gained", "lost", ""]]
     for c in classes[:PRINTED_CLASSES]:
         shares = [f"{c['old']:.2f}", f"{c['new']:.2f}", f"{c['change']:+.2f}"]
         flips = [str(c["gained"]), str(c["lost"]), "clear" if c["is_clear"] else ""]
         rows.append([c["class_name"], str(c["images"]), *shares, *flips])
     rest = len(classes) - PRINTED_CLASSES
-    return [*_aligned(rows, ">"), *([f"and {rest} classes more on the page"] if rest > 0 else [])]
+    return _aligned(rows, ">") + ([f"and {rest} more classes on the page"] if rest > 0 else [])
 
 
 def _aligned(rows: list[list[str]], side: str) -> list[str]:

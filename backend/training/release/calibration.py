@@ -1,48 +1,162 @@
-"""Fits how logits become an answer: temperature and the thresholds of the verdicts."""
+"""How far to trust an answer: temperature, thresholds and class centroids, and how well they fit.
+
+Everything is fitted on the validation split. Logits are (N, C), labels (N,).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import Decision
-from training.release.metrics import fit_temperature, softmax
 
 CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
 KNOWN_SHARE = 0.97  # share of real dishes that must not be called "not food"
+NUM_BINS = 15  # as in Guo et al. 2017
+INVERSE_TEMPERATURES = (0.1, 10.0)
+VALUES_AT_ONCE = 4_000_000  # logits that are looked at together: 32 MB in float64
+
+
+class Bin(TypedDict):
+    """The answers whose confidence lies in (low, high]; None where there are none."""
+
+    low: float
+    high: float
+    count: int
+    confidence: float | None
+    accuracy: float | None
+
+
+class Calibration(TypedDict):
+    """How well stated confidences come true, before and after the temperature.
+
+    ece: expected calibration error; by chance: what a perfectly calibrated model shows on as many
+    images. brier: 0 to 2.
+    """
+
+    temperature: float
+    ece_before: float
+    ece_after: float
+    ece_by_chance: float
+    brier_before: float
+    brier_after: float
+    bins: dict[str, list[Bin]]
+
+
+class VerdictShare(TypedDict):
+    """How often a verdict is given, and how often its answer is right; None if it never is."""
+
+    share: float
+    accuracy: float | None
+
+
+class Probabilities(NamedTuple):
+    """What a temperature makes of each image's logits; each (N,) in float64."""
+
+    confidence: np.ndarray  # of the predicted class
+    actual: np.ndarray  # of the actual class
+    squares: np.ndarray  # summed over the classes
+
+
+def checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The arrays, which must fit each other and be finite.
+
+    Raises:
+        ValueError: they are empty, misshapen, not finite, or of other classes.
+    """
+    logits, labels = np.asarray(logits), np.asarray(labels)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not logits.size:
+        raise ValueError(
+            f"logits of shape {logits.shape} and labels of shape {labels.shape} do not fit; "
+            "expected (N, C) and (N,) with at least one image"
+        )
+    finite = np.concatenate([np.isfinite(block).all(axis=1) for _, block in in_blocks(logits)])
+    if not finite.all():
+        raise ValueError(
+            f"the logits of {(~finite).sum()} of {len(logits)} images are not finite, first at "
+            f"index {finite.argmin()}; the model has diverged: train again with a lower "
+            "learning rate"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, but the logits have "
+            f"{logits.shape[1]} classes; use the class map the model was trained with"
+        )
+    return logits, labels
+
+
+def in_blocks(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Consecutive rows in float64, few enough at once that memory does not grow with N times C."""
+    rows = max(1, VALUES_AT_ONCE // logits.shape[1])
+    for start in range(0, len(logits), rows):
+        where = slice(start, start + rows)
+        yield where, logits[where].astype(np.float64)
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities (N, C) in float64; a temperature above 1 makes them less certain."""
+    from scipy import special  # takes a moment, which only a release should pay
+
+    return special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
+
+
+def probabilities(
+    logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
+) -> Probabilities:
+    """What matters of the softmax at a temperature."""
+    found = Probabilities(*(np.empty(len(labels)) for _ in Probabilities._fields))
+    for where, block in in_blocks(logits):
+        shares = softmax(block, temperature)
+        found.confidence[where] = shares.max(axis=1)
+        found.actual[where] = shares[np.arange(len(block)), labels[where]]
+        found.squares[where] = (shares**2).sum(axis=1)
+    return found
+
+
+# Fitting --------------------------------------------------------------------------------------
 
 
 def fit_decision(logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray) -> Decision:
-    """From validation logits (N, C), labels (N,) and similarities to the nearest centroid (N,)."""
+    """How logits and similarities to the nearest centroid, (N,), become an answer."""
     temperature = fit_temperature(logits, labels)
-    probabilities = softmax(logits, temperature)
-    correct = probabilities.argmax(axis=1) == labels
+    confidence = probabilities(logits, labels, temperature).confidence
     return Decision(
         temperature=temperature,
-        confident_at=_threshold(probabilities.max(axis=1), correct),
+        confident_at=confidence_threshold(confidence, logits.argmax(axis=1) == labels),
         food_at=float(np.quantile(similarities, 1 - KNOWN_SHARE)),
     )
 
 
-def verdict_shares(
-    decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
-) -> dict[str, dict[str, float | None]]:
-    """How often each verdict is given on pictures of known dishes, and how often its answer is
-    right; arguments as for `fit_decision`. accuracy: None where a verdict is never given."""
-    probabilities = softmax(logits, decision.temperature)
-    correct = probabilities.argmax(axis=1) == labels
-    is_food = similarities >= decision.food_at
-    is_sure = probabilities.max(axis=1) >= decision.confident_at
-    given = {"confident": is_food & is_sure, "unsure": is_food & ~is_sure, "not_food": ~is_food}
-    return {
-        verdict: {
-            "share": float(mask.mean()),
-            "accuracy": float(correct[mask].mean()) if mask.any() else None,
-        }
-        for verdict, mask in given.items()
-    }
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Find the temperature that minimizes the validation NLL (Guo et al. 2017, arXiv:1706.04599).
+
+    The NLL is convex in b = 1/T, so its slope has one zero. A unit normal prior around b = 1 weighs
+    about as much as one image: it keeps a perfectly separated or tiny set, whose NLL alone would
+    ask for T = 0, at a sane value, and vanishes in a set of hundreds. Since it pulls towards T = 1,
+    the NLL is never higher than with no temperature at all.
+    """
+    from scipy.optimize import brentq
+
+    logits, labels = checked(logits, labels)
+    actual = logits[np.arange(len(labels)), labels].astype(np.float64)  # (N,)
+
+    def slope(inverse: float) -> float:
+        expected = sum(
+            (softmax(block, 1 / inverse) * block).sum() for _, block in in_blocks(logits)
+        )
+        return float(expected - actual.sum() + (inverse - 1))
+
+    low, high = INVERSE_TEMPERATURES
+    if slope(low) >= 0:
+        return 1 / low
+    if slope(high) <= 0:
+        return 1 / high
+    return float(1 / brentq(slope, low, high, xtol=1e-12))
 
 
-def _threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
+def confidence_threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
     """The lowest confidence from which on upwards enough answers are right; 1 if none is."""
     order = np.argsort(-confidences, kind="stable")
     confidences = confidences[order]
@@ -62,3 +176,93 @@ def class_centroids(pooled: Tensor, labels: np.ndarray, num_classes: int) -> Ten
     sums = torch.zeros(num_classes, pooled.shape[1])
     sums.index_add_(0, torch.from_numpy(labels), directions)
     return nn.functional.normalize(sums, dim=1)
+
+
+# Judging --------------------------------------------------------------------------------------
+
+
+def verdict_shares(
+    decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
+) -> dict[str, VerdictShare]:
+    """How often each verdict is given on pictures of known dishes; arguments as `fit_decision`."""
+    confidence = probabilities(logits, labels, decision.temperature).confidence
+    correct = logits.argmax(axis=1) == labels
+    is_food = similarities >= decision.food_at
+    is_sure = confidence >= decision.confident_at
+    given = {"confident": is_food & is_sure, "unsure": is_food & ~is_sure, "not_food": ~is_food}
+    return {
+        verdict: {
+            "share": float(mask.mean()),
+            "accuracy": float(correct[mask].mean()) if mask.any() else None,
+        }
+        for verdict, mask in given.items()
+    }
+
+
+def measure_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> Calibration:
+    """How well the confidences of logits come true, as they are and at a temperature."""
+    hits = logits.argmax(axis=1) == labels
+    before, after = (probabilities(logits, labels, t) for t in (1.0, temperature))
+    bins_before, bins_after = (reliability_bins(p.confidence, hits) for p in (before, after))
+    return {
+        "temperature": float(temperature),
+        "ece_before": calibration_error(bins_before),
+        "ece_after": calibration_error(bins_after),
+        "ece_by_chance": _error_by_chance(after.confidence),
+        "brier_before": _brier(before),
+        "brier_after": _brier(after),
+        "bins": {"before": bins_before, "after": bins_after},
+    }
+
+
+def reliability_bins(confidences: np.ndarray, hits: np.ndarray) -> list[Bin]:
+    """Set stated confidences (N,) against what came true (N,), in bins of equal width."""
+    index = _bin_index(confidences)
+    return [
+        _bin(number, confidences[index == number], hits[index == number])
+        for number in range(NUM_BINS)
+    ]
+
+
+def _bin(number: int, confidences: np.ndarray, hits: np.ndarray) -> Bin:
+    return {
+        "low": number / NUM_BINS,
+        "high": (number + 1) / NUM_BINS,
+        "count": len(hits),
+        "confidence": float(confidences.mean()) if len(hits) else None,
+        "accuracy": float(hits.mean()) if len(hits) else None,
+    }
+
+
+def _bin_index(confidences: np.ndarray) -> np.ndarray:
+    # bins are (low, high], as in Guo et al.; a confidence of 0 cannot occur
+    return np.ceil(confidences * NUM_BINS).astype(int).clip(1, NUM_BINS) - 1
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """The expected calibration error: mean |accuracy - confidence|, weighted by bin size."""
+    gaps = total = 0.0
+    for part in bins:
+        if part["accuracy"] is not None and part["confidence"] is not None:
+            gaps += part["count"] * abs(part["accuracy"] - part["confidence"])
+            total += part["count"]
+    return gaps / total
+
+
+def _error_by_chance(confidences: np.ndarray) -> float:
+    """The calibration error that a perfectly calibrated model shows on average.
+
+    It is biased upwards on few images; hits drawn with the stated probabilities say how much.
+    """
+    rng, index = np.random.default_rng(0), _bin_index(confidences)
+    errors = []
+    for _ in range(100):
+        hits = rng.random(len(confidences)) < confidences
+        gaps = np.bincount(index, weights=hits - confidences)
+        errors.append(np.abs(gaps).sum() / len(confidences))
+    return float(np.mean(errors))
+
+
+def _brier(found: Probabilities) -> float:
+    """Mean squared distance to the one-hot truth, from 0 to 2 (Brier 1950)."""
+    return float((found.squares - 2 * found.actual + 1).mean())

@@ -34,15 +34,24 @@ from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
 from training.data.loader import eval_loader
 from training.data.splits import FoodData, Split
-from training.release.calibration import class_centroids, fit_decision, verdict_shares
+from training.release.calibration import (
+    VerdictShare,
+    class_centroids,
+    fit_decision,
+    verdict_shares,
+)
+from training.release.confusion import write_confusion_matrix
 from training.release.export import FORMATS, check_logits
 from training.release.metrics import (
+    PREDICTION_COLUMNS,
     PREDICTIONS_NAME,
+    PredictionRow,
+    Results,
     evaluate,
     prediction_rows,
-    write_predictions_csv,
 )
-from training.release.report import write_confusion_matrix, write_model_card, write_report
+from training.release.report import ReportFacts, write_model_card, write_report
+from training.release.tables import write_table
 
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
 EVAL_BATCH_SIZE = 64
@@ -90,9 +99,9 @@ class Evaluation:
     preprocessing: PreprocessConfig
     decision: Decision
     centroids: Tensor
-    results: dict[str, Any]
-    rows: list[dict[str, Any]]
-    verdicts: dict[str, Any]
+    results: Results
+    rows: list[PredictionRow]
+    verdicts: dict[str, dict[str, VerdictShare]]
     skipped: dict[str, str]
 
 
@@ -199,12 +208,13 @@ def make_record(
     )
 
 
-def _metrics(results: dict[str, Any], result: TrainingResult) -> dict[str, Any]:
+def _metrics(results: Results, result: TrainingResult) -> dict[str, Any]:
     best = result.history[result.best_epoch - 1]
     return {
         "test_top1": results["top1"],
         "test_top1_ci95": results["top1_ci95"],
         "test_top5": results["top5"],
+        "test_balanced_accuracy": results["balanced_accuracy"],
         "test_loss": results["loss"],
         "test_ece": results["calibration"]["ece_after"],
         "test_images": results["num_images"],
@@ -224,16 +234,25 @@ def write_reports(
     """Fill the version's report folder."""
     results, rows = evaluation.results, evaluation.rows
     facts = report_facts(record, data, result, evaluation)
-    told = {"verdicts": evaluation.verdicts, "run": result.run_name}
-    text = json.dumps({**results, **told}, indent=2, ensure_ascii=False)
-    (folder / "evaluation_results.json").write_text(text, encoding="utf-8")
-    write_predictions_csv(folder / PREDICTIONS_NAME, rows)
+    (folder / "evaluation_results.json").write_text(
+        _results_json({"verdicts": evaluation.verdicts, "run": result.run_name, **results}),
+        encoding="utf-8",
+    )
+    write_table(folder / PREDICTIONS_NAME, PREDICTION_COLUMNS, rows)
     with _skipped_if_it_fails(folder / "confusion_matrix.png") as path:
         write_confusion_matrix(results, path)
     with _skipped_if_it_fails(folder / "report.html") as path:
         write_report(path, results=results, rows=rows, history=result.history, facts=facts)
     with _skipped_if_it_fails(folder / "MODEL_CARD.md") as path:
         write_model_card(path, results=results, facts=facts)
+
+
+def _results_json(results: dict[str, Any]) -> str:
+    """Indented, but a row of the confusion matrix a line: a line a number would be a million."""
+    matrix = ",\n    ".join(json.dumps(row) for row in results["confusion_matrix"])
+    rest = {name: value for name, value in results.items() if name != "confusion_matrix"}
+    text = json.dumps(rest, indent=2, ensure_ascii=False).removesuffix("\n}")
+    return f'{text},\n  "confusion_matrix": [\n    {matrix}\n  ]\n}}\n'
 
 
 @contextlib.contextmanager
@@ -324,22 +343,26 @@ def library_versions() -> dict[str, str]:
 
 def report_facts(
     record: ModelRecord, data: FoodData, result: TrainingResult, evaluation: Evaluation
-) -> dict[str, Any]:
+) -> ReportFacts:
     """What the report and the model card say beside the numbers."""
+    config, num_epochs = result.config, len(result.history)
     unreadable = [{"path": path, "reason": why} for path, why in evaluation.skipped.items()]
-    epochs = result.history
+    reason = f"Trained for all {num_epochs} epochs."
+    if result.stopped_early:
+        patience = config.early_stopping_patience
+        reason = f"Stopped early: no lower validation loss for {patience} epochs."
     return {
         "model_name": record.model_name,
         "version": record.version,
         "best_epoch": result.best_epoch,
-        "stopped_epoch": len(epochs) if result.stopped_early else None,
-        "stop_reason": "early stopping" if result.stopped_early else "all epochs done",
-        "config": result.config.to_dict(),
+        "stopped_epoch": num_epochs if result.stopped_early else None,
+        "stop_reason": reason,
+        "config": config.to_dict(),
         "classes": record.classes,
         "verdicts": evaluation.verdicts,
         "audit": {**data.audit, "skipped": [*data.audit["skipped"], *unreadable]},
         "versions": record.libraries,
-        "timings": {"training": sum(epoch["seconds"] for epoch in epochs)},
+        "timings": {"training": sum(epoch["seconds"] for epoch in result.history)},
         "command": result.command,
         "created": record.created,
     }

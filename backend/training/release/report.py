@@ -1,13 +1,17 @@
-"""The pictures and pages of a finished run: confusion matrix PNG, report.html, MODEL_CARD.md."""
+"""The pages of a finished run: report.html and MODEL_CARD.md, from the templates beside this file.
+
+report.html is one self-contained file: report.css, page.js and report.js go into it when rendered.
+"""
 
 import base64
 import html
 import io
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,245 +19,141 @@ from markupsafe import Markup, escape
 from PIL import ImageOps
 
 from app.ml.preprocessing import ImageError, load_image
-from training.release.metrics import wilson_interval
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from training.release.calibration import VerdictShare
+from training.release.metrics import ClassScores, PredictionRow, Results, wilson_interval
 
 THUMBNAIL_SIZE = 180  # pixels; a few more than shown, so that phones with dense screens look sharp
 THUMBNAIL_QUALITY = 80
-MISTAKES_SHOWN = 24
+PICTURES_SHOWN = 24  # of one kind
 HITS_SHOWN = 12
-CHART = {"width": 360, "height": 210, "left": 58, "right": 350, "top": 10, "bottom": 184}
-
+FILES_LISTED = 200  # of those that were skipped, and of duplicates
+CELLS_SHOWN = 50_000  # of the confusion matrix, about 600 kB
+CHART_BOX = {"width": 360, "height": 210, "left": 58, "right": 350, "top": 10, "bottom": 184}
 SPLITS = ("train", "val", "test")
-FOOD101_TERMS = (
-    "Food-101's photos come from Foodspotting and do not belong to ETH Zurich: any use beyond "
-    "scientific fair use must be negotiated with the owners of the pictures (the data set's own "
-    "licence agreement, https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/)."
+
+
+class ReportFacts(TypedDict):
+    """What the report and the model card say beside the numbers.
+
+    stopped_epoch: None if every epoch was trained. verdicts: split -> verdict -> shares.
+    timings: seconds.
+    """
+
+    model_name: str
+    version: int
+    best_epoch: int
+    stopped_epoch: int | None
+    stop_reason: str
+    config: dict[str, Any]
+    classes: list[str]
+    verdicts: dict[str, dict[str, VerdictShare]]
+    audit: dict[str, Any]
+    versions: dict[str, str]
+    timings: dict[str, float]
+    command: str
+    created: str
+
+
+class Matrix(TypedDict):
+    """The cells of a confusion matrix that are not zero: actual, predicted, count."""
+
+    supports: list[int]
+    cells: list[list[int]]
+    num_hidden: int
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart by epoch. series: key of an epoch's record -> its name; the first is drawn faint
+    where there are two. A loss or a rate is read against zero, an accuracy needs its room."""
+
+    title: str
+    series: Mapping[str, str]
+    number: str
+    tick: str
+    from_zero: bool
+
+
+CHARTS = (
+    Chart("Loss", {"train_loss": "train", "val_loss": "validation"}, "{:.3g}", "{:.3g}", True),
+    Chart("Accuracy", {"train_acc": "train", "val_acc": "validation"}, "{:.1%}", "{:.0%}", False),
+    Chart("Learning rate", {"learning_rate": "learning rate"}, "{:.3g}", "{:.3g}", True),
 )
-
-
-def write_confusion_matrix(results: dict[str, Any], path: Path) -> None:
-    """Draw the matrix as PNG: right answers blue, mistakes orange, counts in the cells."""
-    from matplotlib.figure import Figure  # takes a second, which only a release should pay
-
-    counts, classes = np.array(results["confusion_matrix"]), results["classes"]
-    labels = [_shortened(name, 32) for name in classes]
-    cell = float(np.interp(len(classes), [10, 101], [0.6, 0.24]))  # inches; 0.24 holds 7.5 points
-    points = float(np.interp(len(classes), [10, 101], [11, 7.5]))
-    matrix, names = cell * len(classes), 0.01 * points * max(map(len, labels)) + 0.6
-    side = max(matrix + names + 0.8, 4.5)
-    figure = Figure(figsize=(side, side))
-    axes = figure.add_axes((names / side, names / side, matrix / side, matrix / side))
-    diagonal = np.eye(len(classes), dtype=bool)
-    # mistakes are small shares: their scale ends at 0.3 so that a 10 % confusion is seen
-    _draw_cells(axes, counts, diagonal, "Blues", 1.0, points)
-    _draw_cells(axes, counts, ~diagonal, "Oranges", 0.3, points)
-    axes.set_xticks(np.arange(len(classes)) + 0.5, labels, rotation=90)
-    axes.set_yticks(np.arange(len(classes)) + 0.5, labels)
-    for name in (*axes.get_xticklabels(), *axes.get_yticklabels()):
-        name.set_parse_math(False)  # a dish may be called "$5 menu to $10"
-    axes.grid(visible=False)
-    axes.patch.set(facecolor="white")
-    for spine in axes.spines.values():
-        spine.set(visible=True, color="#bbbbbb")
-    axes.tick_params(labelsize=points, length=0)
-    axes.set_xlabel("predicted", fontsize=points + 3)
-    axes.set_ylabel("actual", fontsize=points + 3)
-    title = f"{results['num_images']:,} test images, top-1 {_percent(results['top1'])}"
-    axes.set_title(title, fontsize=points + 5, loc="left", pad=12)
-    figure.savefig(path, dpi=130, format="png")
-
-
-def _draw_cells(
-    axes: "Axes", counts: np.ndarray, shown: np.ndarray, colours: str, top: float, points: float
-) -> None:
-    """Colour the shown cells by their share of the row, `top` the darkest, with their counts."""
-    import seaborn
-
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    seaborn.heatmap(
-        shares,
-        mask=~shown | (counts == 0),
-        cmap=colours,
-        vmin=0,
-        vmax=top,
-        cbar=False,
-        linewidths=0.4,
-        linecolor="#dddddd",
-        # seaborn's own labels and annotations take half a minute for 101 classes
-        xticklabels=False,
-        yticklabels=False,
-        ax=axes,
-    )
-    for row, column in zip(*(counts * shown).nonzero(), strict=True):
-        axes.annotate(
-            str(counts[row, column]),
-            (column + 0.5, row + 0.5),
-            color="white" if shares[row, column] > 0.6 * top else "black",
-            size=points,
-            ha="center",
-            va="center_baseline",
-        )
 
 
 def write_report(
     path: Path,
     *,
-    results: dict[str, Any],
-    rows: list[dict[str, Any]],
-    history: list[dict[str, Any]],
-    facts: dict[str, Any],
+    results: Results,
+    rows: list[PredictionRow],
+    history: list[dict[str, float]],
+    facts: ReportFacts,
 ) -> None:
     """Write the whole run as one self-contained page that needs no network.
 
-    `results` and `rows` come from `release.metrics`, `history` holds one record per epoch and
-    `facts` says what was trained on what, with which settings. An image that cannot be read any
-    more is shown as missing, by name.
+    history: one record per epoch. A picture that is no longer available is shown as missing.
     """
     mistakes = sorted((r for r in rows if not r["correct"]), key=lambda r: -r["confidence"])
     hits = sorted((r for r in rows if r["correct"]), key=lambda r: r["confidence"])
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            results=results,
-            facts=facts,
-            history=history,
-            charts=_charts(history),
-            chart_box=CHART,
-            marks={"best": facts["best_epoch"], "stopped": facts["stopped_epoch"]},
-            classes_by_f1=sorted(results["per_class"], key=_f1_or_last),
-            typical_class=_typical_class(results),
-            mistakes=[_with_thumbnail(row) for row in mistakes[:MISTAKES_SHOWN]],
-            num_mistakes=len(mistakes),
-            hits=[_with_thumbnail(row) for row in hits[:HITS_SHOWN]],
-            audit=_audit_summary(facts["audit"]),
-            only_drawn=_only_drawn(facts),
-        )
+    write_page(
+        path,
+        "report.html",
+        results=results,
+        matrix=_matrix(results),
+        facts=facts,
+        history=history,
+        charts=[_placed(chart, history) for chart in CHARTS if history],
+        chart_box=CHART_BOX,
+        marks={"best": facts["best_epoch"], "stopped": facts["stopped_epoch"]},
+        classes_by_f1=sorted(results["per_class"], key=_f1_or_last),
+        typical_class=_typical_class(results),
+        mistakes=[with_thumbnail(row) for row in mistakes[:PICTURES_SHOWN]],
+        num_mistakes=len(mistakes),
+        hits=[with_thumbnail(row) for row in hits[:HITS_SHOWN]],
+        audit=_audit_summary(facts["audit"]),
+        listed=FILES_LISTED,
+        only_drawn=_only_drawn(facts),
     )
-    # backslashreplace: a file name may hold bytes that are no text
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def write_comparison(path: Path, comparison: dict[str, Any]) -> list[str]:
-    """Write what `commands.compare` found as one page; the pictures that are gone, by path."""
-    shown = {
-        kind: [_with_thumbnail(row) for row in rows[:MISTAKES_SHOWN]]
-        for kind, rows in comparison["flips"].items()
-    }
-    template = _environment().get_template("comparison.html")
-    page = template.render(comparison=comparison, shown=shown)
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
-    return [row["file"] for rows in shown.values() for row in rows if not row["thumbnail"]]
-
-
-def write_model_card(path: Path, *, results: dict[str, Any], facts: dict[str, Any]) -> None:
+def write_model_card(path: Path, *, results: Results, facts: ReportFacts) -> None:
     """Write MODEL_CARD.md from the recorded facts; what was not recorded is not claimed."""
-    title = f"# {_markdown(facts['model_name'])}, version {_markdown(facts['version'])}"
-    sections = {
-        "Model": _card_model(facts),
-        "Data": _card_data(facts["audit"], facts["classes"]),
-        "Licence notes": _card_licences(facts),
-        "Metrics": [*_card_metrics(results), *_card_verdicts(facts["verdicts"]["test"])],
-        "Intended use": [
-            "Naming the dish in one photo, when the photo shows one of the classes listed above.",
-            "Not for decisions about allergies or health: a wrong answer can look certain.",
-        ],
-        "Limits": _card_limits(results, facts),
-        "How to repeat it": [f"    {facts['command']}"],
-    }
-    body = [title, *(f"## {name}\n\n" + "\n".join(lines) for name, lines in sections.items())]
-    path.write_text("\n\n".join(body) + "\n", encoding="utf-8", errors="backslashreplace")
+    audit, only_drawn = _audit_summary(facts["audit"]), _only_drawn(facts)
+    write_page(
+        path, "model_card.md", results=results, facts=facts, audit=audit, only_drawn=only_drawn
+    )
 
 
-def _environment() -> Environment:
+def write_page(path: Path, template: str, **values: object) -> None:
+    """Render a template into a file."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., str]] = {
         "percent": _percent,
         "points": _points,
         "seconds": _seconds,
         "breakable": _breakable,
+        "md": _markdown,
     }
-    return environment
+    environment.filters |= filters
+    page = environment.get_template(template).render(**values)
+    # backslashreplace: a file name may hold bytes that are not text
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def _charts(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not history:
-        return []
-    pairs = {"train": "train", "val": "validation"}
-    return [
-        _chart("Loss", history, {f"{k}_loss": name for k, name in pairs.items()}, "{:.3g}"),
-        _chart("Accuracy", history, {f"{k}_acc": name for k, name in pairs.items()}, "{:.1%}"),
-        _chart("Learning rate", history, {"learning_rate": "learning rate"}, "{:.3g}"),
-    ]
-
-
-def _chart(
-    title: str, history: list[dict[str, Any]], series: dict[str, str], number: str
-) -> dict[str, Any]:
-    """Place one chart's lines and ticks in the coordinates of CHART."""
-    from matplotlib.ticker import MaxNLocator
-
-    values = [record[key] for key in series for record in history]
-    # accuracy curves use the room they need; a loss or a rate is read against zero
-    lowest = min(values) if title == "Accuracy" else 0.0
-    ticks = MaxNLocator(4).tick_values(lowest, max(values))
-    epochs = [record["epoch"] for record in history]
-    span = max(epochs[-1] - epochs[0], 1)
-
-    def place_x(epoch: float) -> float:
-        return round(
-            CHART["left"] + (CHART["right"] - CHART["left"]) * (epoch - epochs[0]) / span, 1
-        )
-
-    def place_y(value: float) -> float:
-        share = (value - ticks[0]) / (ticks[-1] - ticks[0])
-        return round(float(CHART["bottom"] - (CHART["bottom"] - CHART["top"]) * share), 1)
-
-    epoch_ticks = MaxNLocator(6, integer=True).tick_values(epochs[0], epochs[-1])
-    return {
-        "title": title,
-        "x_ticks": [(place_x(e), int(e)) for e in epoch_ticks if epochs[0] <= e <= epochs[-1]],
-        "y_ticks": [(place_y(t), number.replace(".1%", ".0%").format(t)) for t in ticks],
-        "x": {epoch: place_x(epoch) for epoch in epochs},
-        "series": [
-            {
-                "name": name,
-                "style": "faint" if key.startswith("train") else "strong",
-                "y": {record["epoch"]: place_y(record[key]) for record in history},
-                "text": {record["epoch"]: number.format(record[key]) for record in history},
-            }
-            for key, name in series.items()
-        ],
-    }
-
-
-def _f1_or_last(scores: dict[str, Any]) -> float:
-    return 2.0 if scores["f1"] is None else scores["f1"]
-
-
-def _typical_class(results: dict[str, Any]) -> dict[str, Any]:
-    """Give the middling class size and the 95 % margin of a recall near one half at that size."""
-    supports = [scores["support"] for scores in results["per_class"] if scores["support"]]
-    support = int(statistics.median_low(supports))
-    low, high = wilson_interval(support // 2, support)
-    return {"support": support, "recall_margin": (high - low) / 2}
-
-
-def _with_thumbnail(row: dict[str, Any]) -> dict[str, Any]:
+def with_thumbnail(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, with the name of its `file` and a small picture of it, None if it is missing."""
     return {**row, "file_name": Path(row["file"]).name, "thumbnail": _thumbnail(row["file"])}
 
 
 def _thumbnail(file: str) -> str | None:
-    """Give the image's square centre, about what the network sees, as a data URI."""
+    """The image's square center, about what the network sees, as a data URI."""
     try:
         image = ImageOps.fit(load_image(file), (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     except (ImageError, OSError):  # moved or deleted since the test: the page says so
@@ -263,7 +163,70 @@ def _thumbnail(file: str) -> str | None:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _audit_summary(audit: dict[str, Any]) -> dict[str, Any]:
+def _matrix(results: Results) -> Matrix:
+    """The diagonal first, then the most frequent confusions; the rarest go if there are many."""
+    counts = np.array(results["confusion_matrix"], dtype=np.int32)
+    rows, columns = np.nonzero(counts)
+    order = np.lexsort((-counts[rows, columns], rows != columns))[:CELLS_SHOWN]
+    rows, columns = rows[order], columns[order]
+    return {
+        "supports": counts.sum(axis=1).tolist(),
+        "cells": np.stack([rows, columns, counts[rows, columns]], axis=1).tolist(),
+        "num_hidden": int(np.count_nonzero(counts)) - len(order),
+    }
+
+
+def _placed(chart: Chart, history: list[dict[str, float]]) -> dict[str, Any]:
+    """The chart's lines and ticks in the coordinates of CHART_BOX."""
+    from matplotlib.ticker import MaxNLocator
+
+    values = [record[key] for key in chart.series for record in history]
+    ticks = MaxNLocator(4).tick_values(0.0 if chart.from_zero else min(values), max(values))
+    first, last = int(history[0]["epoch"]), int(history[-1]["epoch"])
+    epoch_ticks = MaxNLocator(6, integer=True).tick_values(first, last)
+
+    def place_x(epoch: float) -> float:
+        share = (epoch - first) / max(last - first, 1)
+        return _between(CHART_BOX["left"], CHART_BOX["right"], share)
+
+    def place_y(value: float) -> float:
+        share = (value - ticks[0]) / (ticks[-1] - ticks[0])
+        return _between(CHART_BOX["bottom"], CHART_BOX["top"], float(share))
+
+    return {
+        "title": chart.title,
+        "x_ticks": [(place_x(tick), int(tick)) for tick in epoch_ticks if first <= tick <= last],
+        "y_ticks": [(place_y(tick), chart.tick.format(tick)) for tick in ticks],
+        "x": {record["epoch"]: place_x(record["epoch"]) for record in history},
+        "series": [
+            {
+                "name": name,
+                "style": "faint" if key.startswith("train") else "strong",
+                "y": {record["epoch"]: place_y(record[key]) for record in history},
+                "text": {record["epoch"]: chart.number.format(record[key]) for record in history},
+            }
+            for key, name in chart.series.items()
+        ],
+    }
+
+
+def _between(start: float, end: float, share: float) -> float:
+    return round(start + (end - start) * share, 1)
+
+
+def _f1_or_last(scores: ClassScores) -> float:
+    return 2.0 if scores["f1"] is None else scores["f1"]
+
+
+def _typical_class(results: Results) -> dict[str, float]:
+    """The median class size, and the 95% margin of a recall near one half at that size."""
+    supports = [scores["support"] for scores in results["per_class"] if scores["support"]]
+    support = int(statistics.median_low(supports))
+    low, high = wilson_interval(support // 2, support)
+    return {"support": support, "recall_margin": (high - low) / 2}
+
+
+def _audit_summary(audit: Mapping[str, Any]) -> dict[str, Any]:
     counts = audit["counts"]
     train_counts = [split_counts["train"] for split_counts in counts.values()]
     smallest, largest = min(train_counts), max(train_counts)
@@ -278,8 +241,15 @@ def _audit_summary(audit: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _only_drawn(facts: ReportFacts) -> bool:
+    return bool(facts["config"].get("sample")) and not facts["audit"].get("custom")
+
+
+# Filters of the templates ---------------------------------------------------------------------
+
+
 def _percent(share: float | None, digits: int = 1) -> str:
-    return "-" if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    return "-" if share is None else f"{100 * share:.{digits}f}%"
 
 
 def _points(change: float) -> str:
@@ -288,9 +258,7 @@ def _points(change: float) -> str:
     return f"{sign}{abs(100 * change):.1f}"
 
 
-def _seconds(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return str(value)
+def _seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     hours, minutes = divmod(round(value) // 60, 60)
@@ -302,110 +270,7 @@ def _breakable(name: str) -> Markup:
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _card_model(facts: dict[str, Any]) -> list[str]:
-    config = facts["config"]
-    stopped = facts["stopped_epoch"]
-    lines = [
-        f"- Network: {_markdown(facts['model_name'])}, one output for each of "
-        f"{len(facts['classes'])} classes",
-        f"- Started from weights: {_markdown(config['weights'])}",
-        f"- Best epoch: {facts['best_epoch']} of {config['epochs']} asked for"
-        + (f", stopped after epoch {stopped}" if stopped else ""),
-        f"- Made: {_markdown(facts['created'])}",
-    ]
-    return lines + [f"- {_markdown(n)} {_markdown(v)}" for n, v in facts["versions"].items()]
-
-
-def _card_data(audit: dict[str, Any], classes: Sequence[str]) -> list[str]:
-    summary = _audit_summary(audit)
-    totals = summary["totals"]
-    lines = [
-        f"- Source: {_markdown(audit['source'])}",
-        "- Images: " + ", ".join(f"{totals[split]:,} {split}" for split in SPLITS),
-        f"- Left out because they could not be used: {len(audit['skipped']):,}",
-        f"- Pictures found in more than one split: {len(audit['duplicates']):,}",
-    ]
-    lines += [
-        f"- Added by the user: {_markdown(c['class'])}, {c['images']:,} images"
-        for c in summary["custom"]
-    ]
-    return [*lines, "", "Classes: " + ", ".join(map(_markdown, classes)) + "."]
-
-
-def _only_drawn(facts: dict[str, Any]) -> bool:
-    return bool(facts["config"].get("sample")) and not facts["audit"].get("custom")
-
-
-def _card_licences(facts: dict[str, Any]) -> list[str]:
-    if _only_drawn(facts):
-        return ["The training pictures were drawn by this project; no photo was used."]
-    lines = ["The training run records where the photos came from, not what their owners allow."]
-    if "food-101" in facts["audit"]["source"].lower():
-        lines.append(FOOD101_TERMS)
-    return [*lines, "Settle the rights to the photos and to the starting weights before sharing."]
-
-
-def _card_metrics(results: dict[str, Any]) -> list[str]:
-    calibration = results["calibration"]
-    scores = [
-        ("top-1 accuracy", *map(_percent, (results["top1"], *results["top1_ci95"]))),
-        ("top-5 accuracy", *map(_percent, (results["top5"], *results["top5_ci95"]))),
-    ]
-    return [
-        f"Measured once on {results['num_images']:,} test images, with the weights of the best "
-        "epoch.",
-        "",
-        "| metric | value | remark |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {value} | 95 % interval {low} to {high} |"
-            for name, value, low, high in scores
-        ),
-        f"| macro F1 | {results['macro']['f1']:.3f} | |",
-        f"| test loss (mean NLL) | {results['loss']:.3f} | |",
-        f"| calibration error (ECE) at temperature {calibration['temperature']:.2f} "
-        f"| {calibration['ece_after']:.3f} | a perfectly calibrated model shows about "
-        f"{calibration['ece_by_chance']:.3f} by chance |",
-        f"| Brier score (0 to 2) | {calibration['brier_after']:.3f} | |",
-    ]
-
-
-def _card_verdicts(verdicts: dict[str, Any]) -> list[str]:
-    sure = verdicts["confident"]
-    right = "" if sure["accuracy"] is None else f", {_percent(sure['accuracy'])} of them right"
-    return [
-        f"| answers called confident | {_percent(sure['share'])}{right} | |",
-        f"| test pictures called not food | {_percent(verdicts['not_food']['share'])} | |",
-    ]
-
-
-def _card_limits(results: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    lines = [
-        f"- It knows {results['num_classes']} classes. A dish outside them has no right answer.",
-        "- Hardest classes: "
-        + ", ".join(
-            f"{_markdown(c['class_name'])} (F1 {c['f1']:.2f})" for c in results["worst_classes"]
-        )
-        + ".",
-    ]
-    if pairs := results["most_confused"][:5]:
-        confused = ", ".join(
-            f"{_markdown(p['actual'])} taken for {_markdown(p['predicted'])} ({p['count']})"
-            for p in pairs
-        )
-        lines.append(f"- Most frequent mistakes: {confused}.")
-    if untested := [c["class_name"] for c in results["per_class"] if not c["support"]]:
-        lines.append(f"- Never tested, for want of images: {', '.join(map(_markdown, untested))}.")
-    if _only_drawn(facts):
-        lines.append("- It has only seen drawn plates: its figures say nothing about photos.")
-    return lines
-
-
-def _markdown(value: Any) -> str:
+def _markdown(value: object) -> Markup:
     """Keep a name from becoming markup: HTML escaped, Markdown's own marks behind a backslash."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", text)
+    return Markup(re.sub(r"([\\`*_\[\]|#])", r"\\\1", text))
