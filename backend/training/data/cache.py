@@ -1,10 +1,9 @@
-"""Each picture decoded once: a small JPEG copy, upright RGB, is kept and read ever after.
+"""Small upright copies of the images, so that each is decoded at full size only once.
 
-An entry is a JPEG of at most `SHORT_SIDE` pixels on its short side, followed by the CRC-32 of
-those bytes. Entries are written under a temporary name and renamed, so that any number of
-processes and runs share a folder; a damaged entry is made anew; the folder may be deleted at any
-time. What is read from the cache and what is made for it are the same bytes, so whether an image
-was cached never shows in its pixels.
+An entry is a JPEG of at most `SHORT_SIDE` pixels on its short side, followed by the CRC-32 of its
+bytes. Entries are written under a temporary name and renamed, so any number of processes and runs
+share a folder; a damaged entry is replaced; the folder may be deleted at any time. What is read
+from the cache and what is written to it are the same bytes, so no pixel depends on the cache.
 """
 
 import contextlib
@@ -13,6 +12,8 @@ import io
 import logging
 import os
 import shutil
+import sys
+import uuid
 import warnings
 import zlib
 from pathlib import Path
@@ -29,22 +30,24 @@ SHORT_SIDE = 256
 JPEG_QUALITY = 90
 RESERVED_BYTES = 1 << 30  # the cache stops growing when less than this is free on its disk
 CRC_BYTES = 4
-FORMAT = f"nutrilearn-cache-1 {SHORT_SIDE} {JPEG_QUALITY}"
+FORMAT = f"nutrilearn-cache-2 {SHORT_SIDE} {JPEG_QUALITY}"
+SUFFIX = ".jpg+crc"
 
 logger = logging.getLogger(__name__)
 
 
 class ImageCache:
-    """Reads pictures through a folder of small copies; without a folder, makes them each time."""
+    """Reads images through a folder of small copies; without a folder, makes them each time."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
+        self.is_growing = folder is not None
 
     def load(self, path: str) -> Tensor:
-        """The small upright copy of a picture: uint8 (3, H, W).
+        """Return the small upright copy of an image: uint8 (3, H, W).
 
         Raises:
-            ImageError, OSError: the picture cannot be read.
+            ImageError, OSError: the image cannot be read.
         """
         if self.folder is None:
             return _decode(_make_entry(path))
@@ -52,20 +55,28 @@ class ImageCache:
         data = _read_entry(entry)
         if data is None:
             data = _make_entry(path)
-            self._write_entry(entry, data)
+            if self.is_growing:
+                self._write_entry(entry, data)
         return _decode(data)
 
     def _entry_path(self, path: str) -> Path:
-        """Named by the source's path, size and time, so a changed source is another entry."""
+        """Name the entry after what tells that the image has changed.
+
+        The time of the last change of the file's inode (on Windows: of its creation) is one of
+        them: size and modification time may stay the same, where a file is replaced by a copy that
+        keeps its times, or where a clock was set back.
+        """
         assert self.folder is not None
-        stat = Path(path).stat()
-        source = f"{FORMAT} {Path(path).absolute()} {stat.st_size} {stat.st_mtime_ns}"
-        name = hashlib.blake2b(source.encode("utf-8", "surrogateescape"), digest_size=16)
-        return self.folder / name.hexdigest()[:2] / f"{name.hexdigest()[2:]}.jpg"
+        stat = os.stat(path)
+        facts = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        source = " ".join(map(str, (FORMAT, *facts)))
+        data = source.encode("utf-8", sys.getfilesystemencodeerrors())
+        name = hashlib.blake2b(data, digest_size=16).hexdigest()
+        return self.folder / name[:2] / f"{name[2:]}{SUFFIX}"
 
     def _write_entry(self, entry: Path, data: bytes) -> None:
-        """Keep an entry if there is room; otherwise say so once and go on without."""
-        temporary = entry.with_suffix(f".{os.getpid()}.tmp")
+        """Keep an entry if there is room; otherwise say so once and add no more."""
+        temporary = entry.with_name(f"{uuid.uuid4().hex}.tmp")
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(entry.parent).free < RESERVED_BYTES:
@@ -73,18 +84,18 @@ class ImageCache:
             temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "big"))
             os.replace(temporary, entry)
         except OSError as error:
+            self.is_growing = False
             logger.warning(
-                "no more images are added to the cache in %s (%s); training goes on, slower",
+                "no more images are added to the cache in %s (%s); continuing, slower",
                 self.folder,
                 error,
             )
-            self.folder = None
             with contextlib.suppress(OSError):  # where the folder cannot be made, there is no file
                 temporary.unlink(missing_ok=True)
 
 
 def _read_entry(entry: Path) -> bytes | None:
-    """The entry's JPEG bytes, or None where there is none or it is damaged."""
+    """Return the JPEG of an entry, or None where there is none or it is damaged."""
     try:
         content = entry.read_bytes()
     except OSError:
