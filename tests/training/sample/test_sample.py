@@ -1,15 +1,18 @@
-"""The sample set: Food-101's layout, the same pictures for a seed, whole or not there at all."""
+"""The drawn set: Food-101's layout, the same pictures for a seed, whole or not there at all."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.datasets import Food101
 
-from training.sample import generate as sample_food
-from training.sample.dishes import DISHES, SAMPLE_CLASSES, Piece, draw_dish
-from training.sample.generate import draw_sample
+from training.sample import generate
+from training.sample.dishes import CLUTTER, DISHES, PIECES, View
+from training.sample.generate import CLASSES, draw_dish, draw_sample
 
 COUNTS = {"images_per_class": 3, "test_per_class": 1}
 
@@ -26,11 +29,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
 
     def draw(name: str, seed: int, index: int) -> tuple[Image.Image, int]:
         calls.append((name, seed, index))
-        shade = (17 * SAMPLE_CLASSES.index(name), 9 * index % 256, seed % 256)
+        shade = (17 * CLASSES.index(name), 9 * index % 256, seed % 256)
         return Image.new("RGB", (32, 24), shade), 80
 
-    monkeypatch.setattr(sample_food, "draw_dish", draw)
+    monkeypatch.setattr(generate, "draw_dish", draw)
     return calls
+
+
+def histograms(numbers: range) -> NDArray[np.float64]:
+    """Shares of 64 colors in each picture, (classes, images, colors)."""
+    shares = []
+    for name in CLASSES:
+        for number in numbers:
+            pixels = np.asarray(draw_dish(name, 0, number)[0].resize((64, 64))) // 64
+            shares.append(np.bincount((pixels @ [16, 4, 1]).ravel(), minlength=64) / 64**2)
+    return np.sqrt(shares).reshape(len(CLASSES), len(numbers), 64)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -39,14 +52,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_classes_are_food_101_names_in_order() -> None:
-    assert len(SAMPLE_CLASSES) == 10
-    assert list(SAMPLE_CLASSES) == sorted(set(SAMPLE_CLASSES))
+    assert len(CLASSES) == 10
+    assert list(CLASSES) == sorted(set(CLASSES))
 
 
 def test_torchvision_reads_it_as_food_101(drawn: Path) -> None:
     train, test = (Food101(drawn.parent, split=split) for split in ("train", "test"))
     assert (len(train), len(test)) == (20, 10)
-    assert train.classes == test.classes == list(SAMPLE_CLASSES)
+    assert train.classes == test.classes == list(CLASSES)
     for picture, label in (*train, *test):
         assert picture.mode == "RGB"
         assert 150 < max(picture.size) <= 512
@@ -59,7 +72,7 @@ def test_every_picture_is_a_jpeg_that_the_lists_name_once(drawn: Path) -> None:
     }
     for split, ids in lists.items():
         grouped = json.loads((drawn / "meta" / f"{split}.json").read_text())
-        assert [i for name in SAMPLE_CLASSES for i in grouped[name]] == ids
+        assert [i for name in CLASSES for i in grouped[name]] == ids
     files = {
         path.relative_to(drawn / "images").with_suffix("").as_posix()
         for path in drawn.glob("images/*/*")
@@ -70,7 +83,7 @@ def test_every_picture_is_a_jpeg_that_the_lists_name_once(drawn: Path) -> None:
             assert picture.format == "JPEG"
     labels = (drawn / "meta" / "labels.txt").read_text().splitlines()
     assert labels[1] == "Cup cakes" and len(labels) == 10
-    assert (drawn / "meta" / "classes.txt").read_text().split() == list(SAMPLE_CLASSES)
+    assert (drawn / "meta" / "classes.txt").read_text().split() == list(CLASSES)
 
 
 def test_it_says_in_words_that_it_is_drawn(
@@ -92,25 +105,46 @@ def test_a_picture_depends_on_seed_class_and_index_alone(name: str) -> None:
         assert draw_dish(name, seed, index)[0].tobytes() != first[0].tobytes()
 
 
-@pytest.mark.parametrize("view", [view for views in DISHES.values() for view in views])
-def test_every_view_of_a_dish_draws_something(view: Piece, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(DISHES, "pizza", (view,))
+@pytest.mark.parametrize("view", [view for views in DISHES.values() for view in views], ids=str)
+def test_every_view_of_a_dish_draws_something(view: View, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DISHES, "pizza", [view])
     picture, _ = draw_dish("pizza", 3, 0)
     assert len(picture.getcolors(512 * 512) or ()) > 1000
+
+
+def test_every_name_in_the_tables_is_a_piece_and_every_piece_is_used() -> None:
+    views = [view for views in DISHES.values() for view in views]
+    rows = [CLUTTER, *(row for view in views for row in view.rows)]
+    named = [*(row.pieces for row in rows), *(view.vessels for view in views)]
+    assert {name for names in named for name in names.split()} == PIECES.keys()
+
+
+def test_colors_alone_do_not_tell_the_dishes_apart() -> None:
+    """A nearest centroid on color histograms, where chance is 0.1 and a network reaches 0.9."""
+    train, test = (histograms(range(*numbers)) for numbers in ((0, 8), (8, 12)))
+    centroids = train.mean(axis=1)  # (classes, colors)
+    distances = np.linalg.norm(test[:, :, None] - centroids, axis=-1)  # (classes, images, classes)
+    found = distances.argmin(axis=-1) == np.arange(len(CLASSES))[:, None]
+    assert found.mean() < 0.4
 
 
 def test_several_processes_draw_the_same_bytes(
     drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample_food, "SHARE_FROM", 1)
-    monkeypatch.setattr(sample_food.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(generate, "SHARE_FROM", 1)
+    monkeypatch.setattr(generate.os, "cpu_count", lambda: 2)
     assert contents(draw_sample(tmp_path, seed=7, **COUNTS)) == contents(drawn)
 
 
-def test_a_process_that_cannot_draw_says_why_in_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "missing"
+def test_a_process_that_cannot_draw_says_why_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "SHARE_FROM", 1)
+    monkeypatch.setattr(generate.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(generate, "draw_share", lambda images, *_: shutil.rmtree(images))
     with pytest.raises(OSError, match=r"^the sample could not be drawn into .*: FileNotFoundError"):
-        sample_food._draw_in_shares(folder, seed=7, images_per_class=3, workers=2)
+        draw_sample(tmp_path, **COUNTS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_complete_set_is_used_again(tmp_path: Path, quick: list[tuple[str, int, int]]) -> None:
@@ -175,7 +209,7 @@ def test_a_failure_leaves_the_old_set_and_nothing_else(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sample_food, "_write_meta", full)
+    monkeypatch.setattr(generate.json, "dumps", full)
     with pytest.raises(OSError, match="No space left"):
         draw_sample(tmp_path, seed=9, **COUNTS)
     assert contents(tmp_path / "food-101") == before
