@@ -655,7 +655,9 @@ def test_predicting_without_a_model_says_how_to_train_one(
 
 
 @long_only
-@pytest.mark.parametrize("model_name", ["efficientnet_b0", "resnet50", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "model_name", ["efficientnet_b0", "resnet50", "efficientnet_lite0", "efficientnet_lite2"]
+)
 def test_every_backbone_is_trained_and_released(
     model_name: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

