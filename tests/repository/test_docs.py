@@ -1,123 +1,205 @@
-"""README and guide are held against the code: commands, flags, settings, messages and links.
+"""README, guide and docs/ are held against the code: commands, flags, settings, codes and links."""
 
-PYTHONPATH=backend python tests/test_docs.py    every documented command, and what checks it
-"""
-
-import ast
+import os
 import re
 import shlex
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
+import click
 import pytest
+from torch.distributed.run import get_args_parser
+from uvicorn.importer import import_from_string
+from uvicorn.main import main as uvicorn_command
 
+from app.errors import ERRORS
+from app.main import create_app
 from app.ml import artifacts
 from app.ml.model import BACKBONES, build_model
 from app.settings import ENV_PREFIX, Settings
-from train_model import make_cli
+from training.commands.cli import check_options, make_cli
 from training.config import REPOSITORY, config_from_args
-from training.run import checkpoints
+from training.data import manifest
+from training.run import checkpoints, history, mlflow_mirror, resume
 from training.sample import generate as sample_food
 
 README, GUIDE = REPOSITORY / "README.md", REPOSITORY / "MODEL_TRAINING_GUIDE.md"
-DOCS = [README, GUIDE, REPOSITORY / "CHANGELOG.md", REPOSITORY / "ml-models" / "README.md"]
-QUICK_START_MODES = {"food101", "setup", "--help"}
-
-# Commands that are not training commands, and what holds them. The first match counts.
-CHECKED_ELSEWHERE = {
-    r"bash tests/run\.sh": "runs these tests",
-    r"bash \.ci/run": "is what continuous integration runs",
-    r"\.venv/bin/ruff (check|format --check) \.": "run by .ci/run",
-    r"\.venv/bin/mypy": "run by .ci/run",
-    r"PYTHONPATH=backend python tests/test_docs\.py": "test_the_list_of_commands_is_complete",
-    r"(\.venv/bin/)?mlflow (ui|server) ": "test_notebook starts the same server",
-    r"(\.\./\.venv/bin/)?uvicorn app\.main:app": "test_api runs the same application",
-    r"curl ": "test_api sends the same requests",
-    r"docker ": "not run: there is no Docker daemon here; test_container holds the files it reads",
-    r"python -m tests\.torture\.": "not run: takes minutes; test_training kills such runs too",
-    r"python benchmarks/": "not run: too slow for a test; the script is there",
-    r"cd [\w-]+$": "not run: goes into a folder",
-    r"source \.venv/bin/activate|\.venv\\Scripts\\activate": "not run: changes its own shell",
-}
-# Training commands that a test runs as they are; of all others the flags and values are parsed.
-RUN_BY = {
-    r"\./train_quick_start\.sh( (food101|setup).*)?$": "run by test_quick_start, with stand-ins; "
-    "for real by .ci/run, with --dry_run",
-    r"train_quick_start\.bat": "parsed by test_quick_start, step for step against the .sh",
+FORMATS = REPOSITORY / "docs" / "formats.md"
+DOCS = [
+    README,
+    GUIDE,
+    REPOSITORY / "CHANGELOG.md",
+    REPOSITORY / "ml-models" / "README.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+VERBATIM = {  # commands that only make sense in the shell that runs them
+    "source .venv/bin/activate",
+    r".venv\Scripts\activate",
 }
 
 
-def fences(path: Path, *languages: str) -> list[str]:
-    blocks = re.findall(r"^```(\w*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
-    return [text for language, text in blocks if language in languages]
+# Commands --------------------------------------------------------------------------------------
 
 
-def commands() -> Iterator[tuple[str, str]]:
-    """(document, command): the lines of the sh blocks, continued ones joined, without comments."""
+class Command(NamedTuple):
+    """A line of a sh or bat block; folder: where it runs, after the block's cd."""
+
+    document: str
+    folder: Path
+    line: str
+
+
+def commands() -> Iterator[Command]:
+    """The lines of the sh blocks, continued ones joined, without comments and cd."""
     for path in DOCS:
-        for block in fences(path, "sh", "bat"):
+        text = path.read_text(encoding="utf-8")
+        for block in re.findall(r"^```(?:sh|bat)\n(.*?)^```", text, re.M | re.S):
+            folder = REPOSITORY
             for line in block.replace("\\\n", " ").splitlines():
-                for command in re.split(r" && ", line.split(" # ")[0].strip()):
-                    if command and not command.startswith(("#", "rem ")):
-                        yield path.name, command
+                for command in line.split(" # ")[0].strip().split(" && "):
+                    if command.startswith("cd "):
+                        folder /= command.removeprefix("cd ")
+                        assert folder.is_dir(), f"{path.name}: {command}"
+                    elif command:
+                        yield Command(path.name, folder, command)
 
 
-def training_arguments(command: str) -> list[str] | None:
-    """The arguments of train_model.py, however it is called; None if it is not."""
-    words = shlex.split(command)
-    names = [word.replace("\\", "/").rpartition("/")[2] for word in words]
-    if "train_model.py" in names:
-        return words[names.index("train_model.py") + 1 :]
-    if names[0] in ("train_quick_start.sh", "train_quick_start.bat"):
-        mode, *flags = words[1:] or [""]
-        if mode in QUICK_START_MODES:
-            return flags if mode == "food101" else []
-        return words[1:]
-    return None
+def check_training(arguments: list[str]) -> None:
+    options = make_cli(None).parse_args(arguments)
+    config_from_args(options)
+    check_options(options)
 
 
-def held_by(command: str) -> str | None:
-    """What checks a command of the documents, in words; None if nothing does."""
-    arguments = training_arguments(command.replace("\\", "/"))
-    if arguments is None:
-        return next((how for p, how in CHECKED_ELSEWHERE.items() if re.match(p, command)), None)
-    config_from_args(make_cli().parse_args(arguments))
-    parsed = "its flags and values are parsed as the script does"
-    return next((how for p, how in RUN_BY.items() if re.match(p, command)), parsed)
+def check_script(command: Command) -> None:
+    """A python or torchrun command line; a script of ours reads its flags as it would."""
+    words = shlex.split(command.line.replace("\\", "/"))[1:]
+    if command.line.startswith("torchrun "):
+        run = get_args_parser().parse_args(words)
+        words = [run.training_script, *run.training_script_args]
+    if words[0] == "-m":
+        script = REPOSITORY / f"{words[1].replace('.', '/')}.py"
+        words = words[1:]
+    else:
+        script = command.folder / words[0]
+    assert script.is_file()
+    if script.name == "train_model.py":
+        check_training(words[1:])
+        return
+    shown = help_of(script)
+    for word in words[1:]:
+        assert not word.startswith("--") or re.search(rf"{word}\b", shown), f"{word}: {shown}"
 
 
-@pytest.mark.parametrize(("document", "command"), sorted(set(commands())))
-def test_every_command_is_checked(document: str, command: str) -> None:
-    assert held_by(command), f"{document}: nothing checks {command!r}"
-    for word in shlex.split(command):
-        if word.startswith(("benchmarks/", "tests/")):
-            assert (REPOSITORY / word).is_file()
+@cache
+def help_of(script: Path) -> str:
+    """What --help prints; a script that cannot be imported fails here."""
+    command = [sys.executable, str(script), "--help"]
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'backend'}"}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
 
 
-def test_no_check_is_left_over() -> None:
-    shown = [command for _, command in commands()]
-    unused = [
-        pattern
-        for pattern in CHECKED_ELSEWHERE | RUN_BY
-        if not any(re.match(pattern, command) for command in shown)
+def check_quick_start(command: Command) -> None:
+    mode, *rest = (*shlex.split(command.line)[1:], "")
+    if mode == "setup":
+        assert not rest[:-1] or (REPOSITORY / rest[0]).is_file()
+    elif mode == "food101":
+        check_training(rest[:-1])
+    elif mode:
+        check_training([mode, *rest[:-1]])
+
+
+def check_bash(command: Command) -> None:
+    script, *arguments = shlex.split(command.line)[1:]
+    subprocess.run(["bash", "-n", command.folder / script], check=True)
+    if "-m" in arguments:
+        text = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+        assert f'"{arguments[-1].removeprefix("not ")}: ' in text  # a marker that there is
+
+
+def check_uvicorn(command: Command) -> None:
+    words = shlex.split(command.line)[1:]
+    parsed = uvicorn_command.make_context("uvicorn", words).params
+    import_from_string(parsed["app"])
+
+
+def check_mlflow(command: Command) -> None:
+    from mlflow.cli import cli  # takes seconds
+
+    _, name, *words = shlex.split(command.line)
+    subcommand = cli.get_command(click.Context(cli), name)
+    assert subcommand
+    subcommand.make_context(name, words)
+
+
+def check_curl(command: Command) -> None:
+    """The path is one of the API's, under this method, with these form fields."""
+    words = shlex.split(command.line)
+    _, _, path = words[-1].partition("http://127.0.0.1:8000")
+    operations = create_app().openapi()["paths"][path.partition("?")[0]]
+    assert ("post" if {"-F", "-X", "--data-binary"} & set(words) else "get") in operations
+
+
+def check_docker(command: Command) -> None:
+    words = shlex.split(command.line)
+    file = {"build": "Dockerfile", "compose": "compose.yaml", "run": "Dockerfile"}[words[1]]
+    assert (command.folder / file).is_file()
+
+
+CHECKS: dict[str, Callable[[Command], None]] = {
+    r"(python|torchrun) ": check_script,
+    r"(\./)?train_quick_start\.(sh|bat)": check_quick_start,
+    r"bash ": check_bash,
+    r"(\S+/)?mlflow ": check_mlflow,
+    r"(\S+/)?uvicorn ": check_uvicorn,
+    r"curl ": check_curl,
+    r"docker ": check_docker,
+}
+SLOW = r"python (benchmarks/|-m )|\S*mlflow "
+
+
+def all_commands() -> list[object]:
+    """Each command once, as a parameter; those whose check takes seconds are marked."""
+    return [
+        pytest.param(
+            command,
+            id=f"{command.document}: {command.line}",
+            marks=[pytest.mark.slow] if re.match(SLOW, command.line) else [],
+        )
+        for command in sorted(set(commands()))
     ]
-    assert unused == []
 
 
-def test_the_list_of_commands_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
-    list_commands()
-    listed = capsys.readouterr().out
-    assert [command for _, command in commands() if command not in listed] == []
+@pytest.mark.filterwarnings("default")  # of the libraries that the commands belong to
+@pytest.mark.parametrize("command", all_commands())
+def test_every_command_is_one_that_works(command: Command) -> None:
+    if command.line in VERBATIM:
+        return
+    checks = [check for pattern, check in CHECKS.items() if re.match(pattern, command.line)]
+    assert len(checks) == 1, f"{len(checks)} checks for {command.line!r}"
+    checks[0](command)
 
 
-def list_commands() -> None:
-    """Print every documented command once, under what checks it."""
-    by_check: dict[str, dict[str, None]] = {}
-    for document, command in commands():
-        by_check.setdefault(f"{held_by(command)}", {})[f"  {command}  ({document})"] = None
-    for how, shown in by_check.items():
-        print(f"{how}:", *shown, sep="\n")  # noqa: T201
+def test_each_kind_of_command_is_shown_somewhere() -> None:
+    shown = [command.line for command in commands()]
+    assert [p for p in CHECKS if not any(re.match(p, line) for line in shown)] == []
+    assert set(shown) >= VERBATIM
+
+
+def test_tests_that_are_named_are_there() -> None:
+    """`tests/test_faults.py -k "reader or published"` and the like."""
+    for path in DOCS:
+        for file, words in re.findall(
+            r"`(tests/[\w/.]+\.py)(?: -k \"?([\w ]+)\"?)?`", path.read_text(encoding="utf-8")
+        ):
+            names = re.findall(r"def (test_\w+)", (REPOSITORY / file).read_text(encoding="utf-8"))
+            for word in words.split(" or "):
+                assert any(word in name for name in names), f"{path.name}: {file} -k {word}"
 
 
 # Tables ---------------------------------------------------------------------------------------
@@ -133,16 +215,26 @@ def table_rows(path: Path, first_cell: str) -> list[list[str]]:
     return rows
 
 
-def test_every_flag_has_its_row_with_its_default() -> None:
-    rows = table_rows(GUIDE, r"`--\w+( [A-Z_…]+)?`")
-    documented = {row[0].strip("`").split()[0]: row[1].strip("`") for row in rows}
-    assert len(documented) == len(rows)
-    defaults = {}
-    for action in make_cli()._actions[1:]:  # --help comes first
-        shown = re.search(r"\(default: (.*?)[;)]|\((\d+)\)$", action.help or "")
-        without = "off" if action.nargs == 0 else "none"
-        defaults[action.option_strings[0]] = (shown[1] or shown[2]) if shown else without
-    assert documented == defaults
+def flag_rows() -> list[list[str]]:
+    """Flag and value, default, what it does and what is allowed, from the parser's own help."""
+    rows = []
+    for action in make_cli(None)._actions[1:]:  # --help comes first
+        what = (action.help or "").replace("%%", "%")
+        told = re.search(r" \((?:default: (.*?)(?:; (.*))?|(\d+))\)$", what)
+        default = "off" if action.nargs == 0 else "none"
+        if told:
+            what, default = what[: told.start()], told[1] or told[3]
+            if told[2] and not told[2].endswith("that is not empty"):
+                what += f"; {told[2]}"
+        value = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        many = {"+": "…", 2: f"{value}"}.get(action.nargs or 0, "")
+        shown = default if default == "off" or default == "none" else f"`{default}`"
+        rows.append([f"`{action.option_strings[0]}{value}{many}`", shown, what])
+    return rows
+
+
+def test_every_flag_has_its_row() -> None:
+    assert table_rows(GUIDE, r"`--\w+( [A-Z_…]+)*`") == flag_rows()
 
 
 def test_every_server_setting_has_its_row_with_its_default() -> None:
@@ -169,40 +261,54 @@ def test_every_requirement_has_its_row() -> None:
     for path in ("backend/requirements.txt", "tests/requirements.txt"):
         text = (REPOSITORY / path).read_text()
         required |= set(re.findall(r"^([A-Za-z][\w.-]*)", text, re.M))
-    documented = [row[0].strip("`") for row in table_rows(README, r"`[a-z][\w-]+`")]
+    rows = table_rows(README, r"`[a-z][\w-]+`(, `[a-z][\w-]+`)*")
+    documented = [name for row in rows for name in re.findall(r"`([\w-]+)`", row[0])]
     assert sorted(documented) == sorted(required)
 
 
-# Messages and names ---------------------------------------------------------------------------
+def test_every_error_has_its_row() -> None:
+    rows = table_rows(GUIDE, r"\d{3}")
+    assert sorted((int(row[0]), row[1].strip("`")) for row in rows) == sorted(
+        (status, code) for code, (status, _) in ERRORS.items()
+    )
 
 
-@cache
-def literals() -> list[str]:
-    """Every string of the backend, with … where a value goes in, and the quick start's text."""
-    found = [(REPOSITORY / "train_quick_start.sh").read_text(encoding="utf-8")]
-    for path in (REPOSITORY / "backend").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
-                found.append("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"%[-+.\d]*[sdgf]", "…", node.value).replace("%%", "%"))
-    return found
+def test_every_file_of_a_run_has_its_row() -> None:
+    shown = " ".join(row[0] for row in table_rows(FORMATS, r"`RUN/.*"))
+    names = {manifest.MANIFEST_NAME, history.RECORD_NAME, resume.FINISHED_NAME}
+    assert [name for name in names | {mlflow_mirror.LOG_NAME} if name not in shown] == []
 
 
-def test_every_quoted_message_is_one_the_code_can_say() -> None:
-    rows = table_rows(GUIDE, r"`[^`]*[ ][^`]*`")
-    messages = [row[0].strip("`") for row in rows if len(row) == 3 and " " in row[0]]
-    messages = [message for message in messages if not message.startswith("--")]
-    assert len(messages) > 20
-    assert [message for message in messages if not any(message in s for s in literals())] == []
+# Versions --------------------------------------------------------------------------------------
 
 
-def test_every_error_code_is_in_the_server() -> None:
-    codes = re.findall(r"^\| \d{3}[\d, ]* \| (.*?) \|", GUIDE.read_text(encoding="utf-8"), re.M)
-    named = {code for cell in codes for code in re.findall(r"`(\w+)`", cell)}
-    assert len(named) > 10
-    assert [code for code in named if code not in literals()] == []
+def test_the_same_pythons_are_named_everywhere() -> None:
+    """The lowest is `requires-python`, the newest the last that .ci/resolve looks up."""
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    lowest = re.findall(r'^requires-python = ">=(3\.\d+)"$', project, re.M)
+    assert lowest == re.findall(r'^python_version = "(.*)"$', project, re.M)
+    looked_up = re.search(r"^pythons=\((.*)\)$", (REPOSITORY / ".ci" / "resolve").read_text(), re.M)
+    assert looked_up
+    minors = [int(version.removeprefix("3.")) for version in looked_up[1].split()]
+    assert minors == list(range(int(lowest[0].removeprefix("3.")), minors[-1] + 1))
+    for name in (
+        "README.md",
+        "MODEL_TRAINING_GUIDE.md",
+        "train_quick_start.sh",
+        "train_quick_start.bat",
+    ):
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        assert f"3.{minors[0]} to 3.{minors[-1]}" in text, name
+        for low, high in re.findall(r"sys\.version_info < \(3, (\d+)\)( or)?", text):
+            assert int(low) == (minors[0] if high else minors[-1] + 1), name
+
+
+def test_the_version_is_the_newest_of_the_changelog() -> None:
+    project = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.*)"$', project, re.M)
+    newest = re.search(r"^## (\d+\.\d+\.\d+) ", changes, re.M)
+    assert version and newest and version[1] == newest[1]
 
 
 # Links and manners ----------------------------------------------------------------------------
@@ -238,7 +344,7 @@ def test_no_path_of_one_machine_and_no_package_index_is_named(path: Path) -> Non
 
 def test_files_that_are_named_exist() -> None:
     """`backend/train_model.py` and the like, in running text and tables."""
-    roots = ("backend/", "tests/", "benchmarks/", ".ci/")
+    roots = ("backend/", "tests/", "benchmarks/", "docs/", ".ci/")
     for path in DOCS:
         for name in re.findall(
             r"`([\w.-]+/[\w./-]*[\w-]+\.\w+)`", path.read_text(encoding="utf-8")
@@ -252,7 +358,3 @@ def test_the_newest_change_is_dated_and_states_the_formats() -> None:
     assert re.search(r"^## \d+\.\d+\.\d+ \(\d{4}-\d\d-\d\d\)$", text, re.M)
     formats = f"model record {artifacts.FORMAT_VERSION}, checkpoint {checkpoints.FORMAT_VERSION}"
     assert f"File formats: {formats}, drawn sample {sample_food.FORMAT}." in text
-
-
-if __name__ == "__main__":
-    list_commands()

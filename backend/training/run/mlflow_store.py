@@ -13,11 +13,11 @@ from training.errors import TrackingError
 
 ARTIFACTS_NAME = "mlartifacts"  # the folder beside the database
 LOCK_SECONDS = 4.0  # less than a trainer waits for its mirror
-CAUSES = {
-    sqlite3.SQLITE_BUSY: "another program has it locked",
-    sqlite3.SQLITE_NOTADB: "it is not a SQLite database; name another file with --tracking_uri",
-    sqlite3.SQLITE_CORRUPT: "it is damaged; restore it, or move it away to begin a new one",
-    sqlite3.SQLITE_FULL: "its disk is full",
+CAUSES = {  # by SQLite's result codes, which sqlite3 has names for since Python 3.11
+    5: "another program has it locked",
+    26: "it is not a SQLite database; name another file with --tracking_uri",
+    11: "it is damaged; restore it, or move it away to begin a new one",
+    13: "its disk is full",
 }
 STORED_LOCATIONS = (  # every column in which MLflow writes where artifacts are
     ("experiments", "artifact_location"),

@@ -152,9 +152,13 @@ def _as_mlflow_reads(uri: str, database: Path | None) -> Iterator[str]:
     if database is None or "%" not in uri:
         yield uri
     else:
-        with contextlib.chdir(database.parent):
+        before = os.getcwd()
+        os.chdir(database.parent)
+        try:
             _, mark, options = uri.partition("?")
             yield f"sqlite:///{database.name}{mark}{options}"
+        finally:
+            os.chdir(before)
 
 
 class MlflowRun:
