@@ -104,7 +104,8 @@ class MlflowMirror:
 
 def sync_command(run_dir: Path) -> str:
     """The command that syncs this run later, to be pasted into the shell of this system."""
-    script = sys.argv[0] if Path(sys.argv[0]).name == "train_model.py" else "train_model.py"
+    is_script = Path(sys.argv[0]).name == "train_model.py"
+    script = sys.argv[0] if is_script else "backend/train_model.py"
     words = ["python", script, "--sync_mlflow", str(run_dir)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 

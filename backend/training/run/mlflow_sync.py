@@ -7,6 +7,7 @@ people to say; the tag `food_model_version` tells which files a version is.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from training.uris import HIDDEN, absolute_uri, database_file, sqlite_uri, witho
 LOCK_NAME = "mlflow.lock"
 LOCK_POLL_SECONDS = 0.25
 RUN_TAG = "nutrilearn.run"
+PROVIDERS = ["CPUExecutionProvider"]
 SHARED_DISK_PAUSES = (0.0, 1.0, 3.0)  # seconds; such a disk may show new files late
 MLFLOW_ENVIRONMENT = {  # defaults only: what the user has set stands
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mirror retries; 7 retries block for 246 s
@@ -67,6 +69,7 @@ def sync(run_dir: Path, *, deadline_seconds: float, tracking_uri: str | None = N
     """
     if not (run_dir / RECORD_NAME).is_file():
         return out_of_sync(f"there is no run in {run_dir}: it has no {RECORD_NAME}")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")  # its tracebacks: one line is told
     deadline = time.monotonic() + deadline_seconds
     try:
         with only_one(run_dir, lambda: time.monotonic() > deadline):
@@ -252,6 +255,7 @@ class MlflowRun:
             self._check_deadline()
             self.client.log_artifact(self.run_id, str(path), folder)
         if end["model"] and not {*model["files"]} & {*missing}:
+            self._describe_onnx(end["model"])
             self._register(model["name"], str(model["version"]))
 
     def _why_unseen(self, disk: Path, file: Path, folder: str | None) -> str:
@@ -284,6 +288,24 @@ class MlflowRun:
             if name in found:
                 return True
         return False
+
+    def _describe_onnx(self, model: dict[str, Any]) -> None:
+        """Add MLflow's own description, by which it loads `models:/NAME/VERSION`.
+
+        The model takes normalized images, float32 (N, 3, H, W).
+        """
+        plain = f"food_model_v{model['version']}.onnx"
+        if plain not in [Path(file).name for file in model["files"]]:
+            return
+        import mlflow
+
+        flavors = {
+            "onnx": {"data": plain, "providers": PROVIDERS},
+            "python_function": {"data": plain, "loader_module": "mlflow.onnx"},
+        }
+        about = {"run_id": self.run_id, "model_uuid": self.run_id, "artifact_path": "model"}
+        facts = about | {"mlflow_version": mlflow.__version__, "flavors": flavors}
+        self.client.log_text(self.run_id, json.dumps(facts, indent=1), "model/MLmodel")
 
     def _register(self, name: str, version: str) -> None:
         self._check_deadline()
