@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -113,6 +114,32 @@ def test_a_finished_run_is_mirrored_whole_and_only_once(store: str, tmp_path: Pa
     assert source.startswith((tmp_path / "mlartifacts").as_uri()) and source.endswith("/model")
     got = {file.path: file.file_size for file in client.list_artifacts(run.info.run_id, "model")}
     assert got == {f"model/{name}": len(name) for name in names}
+
+
+@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # MLflow's own
+def test_a_registered_version_is_loaded_by_its_name(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlflow
+    import onnx
+    from onnx import TensorProto, helper
+
+    shape = ["N", 3, 8, 8]
+    given, mean = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy")
+    node = helper.make_node("GlobalAveragePool", ["x"], ["y"])
+    graph = helper.make_graph([node], "mean", [given], [mean])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    run_dir = tmp_path / "run"
+    record = started(run_dir, store)
+    files = [run_dir / "food_model_v7.onnx", run_dir / "food_model_v7.pth"]
+    onnx.save(model, files[0])
+    files[1].write_text("weights")
+    ended(record, files=files, model={"name": "nutrilearn-food", "version": 7, "files": files})
+    bring_in_sync(run_dir)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    loaded = mlflow.pyfunc.load_model("models:/nutrilearn-food/1")
+    images = np.full((2, 3, 8, 8), 0.5, np.float32)
+    assert loaded.predict(images)["y"].ravel() == pytest.approx([0.5] * 6)
 
 
 WRITING = {
