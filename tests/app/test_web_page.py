@@ -140,6 +140,104 @@ def test_a_dropped_or_pasted_photo_is_answered(way: str, visit: Open, url: str) 
     assert answered(page)
 
 
+# What the page sends -------------------------------------------------------------------------
+
+REMEMBER_WHAT_IS_SENT = """
+    const original = window.fetch;
+    window.fetch = async (url, options) => {
+        const file = options?.body?.get?.("file");
+        if (file) {
+            const bytes = new Uint8Array(await file.arrayBuffer());
+            window.sent = { type: file.type, name: file.name, bytes: Array.from(bytes) };
+        }
+        return original(url, options);
+    };
+"""
+
+
+def sent_image(page: Any) -> tuple[str, Image.Image]:
+    page.wait_for_function("window.sent")
+    sent = page.evaluate("window.sent")
+    return sent["type"], Image.open(io.BytesIO(bytes(sent["bytes"])))
+
+
+def large_photo(form: str, mode: str = "RGB", **options: Any) -> bytes:
+    """4000x3000, its left upper quarter red and the rest transparent, where that is possible."""
+    image = Image.new(mode, (4000, 3000), (0, 0, 0, 0) if mode == "RGBA" else (255, 255, 255))
+    image.paste("red", (0, 0, 2000, 1500))
+    image.save(buffer := io.BytesIO(), form, **options)
+    return buffer.getvalue()
+
+
+def test_a_large_photo_is_made_smaller_first(visit: Open, url: str) -> None:
+    page = visit(url)
+    page.evaluate(REMEMBER_WHAT_IS_SENT)
+    upload(page, large_photo("JPEG"))
+    assert answered(page)
+    kind, image = sent_image(page)
+    assert (kind, image.format, image.size) == ("image/jpeg", "JPEG", (1600, 1200))
+    assert image.getpixel((10, 10))[0] > 200 > 50 > image.getpixel((10, 10))[1]  # type: ignore[index]
+
+
+def test_a_photo_taken_upright_is_sent_upright(visit: Open, url: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise to be upright
+    page = visit(url)
+    page.evaluate(REMEMBER_WHAT_IS_SENT)
+    upload(page, large_photo("JPEG", exif=exif))
+    assert answered(page)
+    _, image = sent_image(page)
+    assert image.size == (1200, 1600)
+    assert 0x0112 not in image.getexif()
+    corners = [image.getpixel(place)[1] < 128 for place in ((10, 10), (1190, 10))]  # type: ignore[index]
+    assert corners == [False, True]  # the red corner is at the right now
+
+
+def test_what_is_transparent_becomes_white(visit: Open, url: str) -> None:
+    page = visit(url)
+    page.evaluate(REMEMBER_WHAT_IS_SENT)
+    upload(page, large_photo("PNG", "RGBA"), "plate.png")
+    assert answered(page)
+    _, image = sent_image(page)
+    assert min(image.getpixel((1500, 1100))) > 240  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [photo(), b"a picture that no browser can show"], ids=["s", "x"])
+def test_what_is_small_or_unknown_is_sent_as_it_is(data: bytes, visit: Open, url: str) -> None:
+    page = visit(url)
+    page.evaluate(REMEMBER_WHAT_IS_SENT)
+    upload(page, data)
+    page.wait_for_function("window.sent")
+    assert bytes(page.evaluate("window.sent.bytes")) == data
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words", "retry"),
+    [
+        (413, "<html>413 Request Entity Too Large</html>", "too large", False),
+        (502, "<html>502 Bad Gateway</html>", "being restarted", True),
+        (504, "", "did not answer in time", True),
+        (418, "tea", "the server answered 418", False),
+        (429, '{"code": "overloaded"}', "Many photos are waiting", True),
+        (503, '{"code": "stopping"}', "being restarted", True),
+        (408, '{"code": "upload_too_slow"}', "took too long", True),
+        (400, '{"code": "unreadable_image"}', "damaged or incomplete", False),
+        (400, '{"code": "malformed_request"}', "did not arrive in one piece", True),
+        (422, '{"code": "invalid_request", "detail": "no file"}', "no file", False),
+        (500, '{"code": "internal_error"}', "Something went wrong on the server", True),
+    ],
+)
+def test_every_refusal_is_explained(
+    status: int, body: str, words: str, retry: bool, visit: Open, url: str
+) -> None:
+    page = visit(url)
+    page.route("**/api/v1/predict", lambda route: route.fulfill(status=status, body=body))
+    upload(page, photo())
+    page.wait_for_selector("#error:visible")
+    assert words in page.inner_text("#error")
+    assert page.locator("#retry").is_visible() == retry
+
+
 def test_the_portion_scales_everything_but_the_100_g(visit: Open, url: str) -> None:
     page = visit(url)
     upload(page, photo())

@@ -1,14 +1,17 @@
 // The try-it page: sends a photo to /api/v1/predict and shows the answer. No outside requests.
 
 const $ = (id) => document.getElementById(id);
-const NUTRIENTS = { calories: "Energy", protein: "Protein", carbs: "Carbohydrates", fat: "Fat", fiber: "Fibre" };
+const NUTRIENTS = { calories: "Energy", protein: "Protein", carbs: "Carbohydrates", fat: "Fat", fiber: "Fiber" };
 const VERDICTS = {
   confident: "Looks clear",
   unsure: "Not sure: please check",
   not_food: "Does not look like a dish I know",
 };
-const MATCHES = { close: " (a close match)", proxy: " (a similar food stands in)" };
-const WORTH_RETRYING = ["overloaded", "no_model", "upload_too_slow", "internal_error"];
+const MATCHES = { close: " (a close match)", proxy: " (values of a similar food)" };
+const WORTH_RETRYING = [
+  "overloaded", "stopping", "no_model", "upload_too_slow", "malformed_request", "internal_error", "502", "503", "504",
+];
+const LONGEST_SIDE = 1600; // of what is sent, in pixels; the model sees far fewer
 const STORE = "nutrilearn-corrections";
 
 let photo = null; // the file last chosen
@@ -54,32 +57,67 @@ $("preview").addEventListener("error", () => { $("preview").hidden = true; $("in
 
 async function ask(file) {
   request?.abort();
-  request = new AbortController();
+  const { signal } = request = new AbortController();
   show("status", "Looking at your photo…");
-  const form = new FormData();
-  form.append("file", file);
   try {
-    const response = await fetch("api/v1/predict", { method: "POST", body: form, signal: request.signal });
-    const body = await response.json();
+    const form = new FormData();
+    form.append("file", await shrunk(file));
+    const response = await fetch("api/v1/predict", { method: "POST", body: form, signal });
+    const body = await response.json().catch(() => ({ code: String(response.status) }));
+    if (signal.aborted) return;
     if (response.ok) return showAnswer(body);
     showError(explain(body), WORTH_RETRYING.includes(body.code));
   } catch (error) {
-    if (error.name !== "AbortError") {
-      showError("The server could not be reached, or it broke off. A very large photo can be the reason too.", true);
-    }
+    if (error.name === "AbortError") return;
+    showError("The server could not be reached, or the connection was lost.", true);
+  }
+}
+
+// A phone's photo, made smaller before it is sent. The browser turns it upright, as <img> does;
+// what it cannot show, HEIC for example, is sent as it is.
+async function shrunk(file) {
+  const picture = new Image();
+  picture.src = URL.createObjectURL(file);
+  try {
+    await picture.decode();
+    const scale = LONGEST_SIDE / Math.max(picture.naturalWidth, picture.naturalHeight);
+    if (scale >= 1) return file;
+    const canvas = element("canvas");
+    canvas.width = Math.max(1, Math.round(picture.naturalWidth * scale));
+    canvas.height = Math.max(1, Math.round(picture.naturalHeight * scale));
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.fillStyle = "white"; // behind what is transparent, as on the server
+    context.fillRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.9));
+    return blob ? new File([blob], "photo.jpg", { type: blob.type }) : file;
+  } catch {
+    return file;
+  } finally {
+    URL.revokeObjectURL(picture.src);
   }
 }
 
 function explain({ code, detail }) {
+  const tooLarge = "This picture is too large. Please choose a smaller one.";
+  const stopped = "The server is being restarted. Please try again in a moment.";
   const words = {
-    unsupported_image: "This file is not a picture I can read. JPEG, PNG, WebP, GIF and AVIF work; an iPhone’s HEIC has to be saved as JPEG first.",
-    unreadable_image: "This picture is damaged or not complete. Please try another one.",
-    too_large: "This picture is too large. Please choose a smaller one.",
+    unsupported_image: "This file is not a picture I can read. JPEG, PNG, WebP, GIF, AVIF and HEIC work.",
+    unreadable_image: "This picture is damaged or incomplete. Please try another one.",
+    malformed_request: "The photo did not arrive in one piece. Please try again.",
+    too_large: tooLarge,
+    413: tooLarge, // from a proxy that answers without JSON, as all numbers here
     overloaded: "Many photos are waiting just now. Please try again in a moment.",
     no_model: "This server has no trained model yet, so it cannot answer.",
-    upload_too_slow: "The upload took too long. Please try again where the connection is better.",
+    stopping: stopped,
+    502: stopped,
+    503: stopped,
+    504: "The server did not answer in time. Please try again.",
+    upload_too_slow: "The upload took too long. Please try again with a better connection.",
+    internal_error: "Something went wrong on the server. Please try again.",
   };
-  return words[code] ?? `That did not work: ${detail}`;
+  return words[code] ?? `That did not work: ${detail ?? `the server answered ${code}.`}`;
 }
 
 function show(id, text) {
@@ -107,7 +145,7 @@ function showAnswer(body) {
 }
 
 function guessRow({ class_name, food_name, confidence }) {
-  const percent = `${Math.round(confidence * 100)} %`;
+  const percent = `${Math.round(confidence * 100)}%`;
   const row = element("li", element("button", element("span"), element("span", food_name), element("span", percent)));
   const button = row.firstChild;
   const [bar, ...texts] = button.children;
