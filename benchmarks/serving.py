@@ -4,10 +4,18 @@
     python benchmarks/serving.py speed --seconds 3  # a quick look
     python benchmarks/serving.py memory --requests 2000
 
-Parts: speed (requests/s and latency at 1 to 64 clients, in alternating rounds, and /health while
-the server is saturated), memory (over 10,000 requests), reload (a new model every second under
-load), batching (is a batch cheaper per photo?). Needs a trained model; everything stays on this
-machine. The minimal endpoint is `minimal_app` below: what a tutorial shows.
+Parts:
+    speed      requests/s and latency at 1 to 64 clients, in alternating rounds, against the
+               minimal endpoint (`minimal_app` below: what a tutorial shows) or --against another
+               copy of this repository; and /health while the server is saturated
+    memory     over 10,000 requests
+    reload     a new model every second under load
+    batching   is a batch cheaper per photo?
+    quota      fewer cores than there seem to be; needs the right to make control groups
+    departure  an answer behind 60 heavy photos whose clients have left
+    large      /health beside 32 clients that send 14 MB of anything
+
+Needs a trained model; everything stays on this machine.
 """
 
 import argparse
@@ -24,9 +32,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +101,15 @@ class Server:
 
 
 @contextmanager
-def running(name: str, arguments: list[str], folder: Path, **environment: str) -> Iterator[Server]:
+def running(
+    name: str, arguments: list[str], folder: Path, group: Path | None = None, **environment: str
+) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         server = Server(name, free.getsockname()[1])
     command = [sys.executable, "-m", "uvicorn", *arguments, "--port", str(server.port)]
+    if group:
+        command = ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh", *command]
     started = time.perf_counter()
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -129,9 +142,15 @@ def _listens(server: Server, process: "subprocess.Popen[bytes]") -> bool:
 
 
 @contextmanager
-def nutrilearn(model_dir: Path) -> Iterator[Server]:
-    environment = {"NUTRILEARN_MODEL_DIR": str(model_dir), "NUTRILEARN_RELOAD_TOKEN": TOKEN}
-    with running("NutriLearn", ["app.main:app"], ROOT / "backend", **environment) as server:
+def nutrilearn(
+    model_dir: Path,
+    group: Path | None = None,
+    backend: Path = ROOT / "backend",
+    name: str = "NutriLearn",
+    **more: str,
+) -> Iterator[Server]:
+    environment = {"NUTRILEARN_MODEL_DIR": str(model_dir), "NUTRILEARN_RELOAD_TOKEN": TOKEN, **more}
+    with running(name, ["app.main:app"], backend, group, **environment) as server:
         yield server
 
 
@@ -141,6 +160,18 @@ def minimal(model_dir: Path) -> Iterator[Server]:
     environment = {MODEL_DIR_VARIABLE: str(model_dir)}
     with running("minimal", arguments, Path(__file__).parent, **environment) as server:
         yield server
+
+
+@contextmanager
+def cpu_group(cores: float) -> Iterator[Path]:
+    """A control group (version 1) of so many cores' time."""
+    folder = Path("/sys/fs/cgroup/cpu") / f"nutrilearn-benchmark-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / "cpu.cfs_quota_us").write_text(str(round(cores * 100_000)))
+        yield folder
+    finally:
+        folder.rmdir()
 
 
 # Clients --------------------------------------------------------------------------------------
@@ -249,7 +280,12 @@ async def poll_health(server: Server, until: Stop) -> list[float]:
 
 
 def speed(options: argparse.Namespace, photos: list[bytes]) -> None:
-    with nutrilearn(options.model_dir) as ours, minimal(options.model_dir) as theirs:
+    if options.against == ROOT:
+        other = minimal(options.model_dir)
+    else:
+        backend = options.against / "backend"
+        other = nutrilearn(options.model_dir, backend=backend, name="other copy")
+    with nutrilearn(options.model_dir) as ours, other as theirs:
         print(f"start to ready: {ours.seconds_to_ready:.1f} s")
         print(f"{'clients':>7} {'server':<11} {'req/s':>7} {'p50':>7} {'p95':>7} {'p99':>7}  ms")
         for clients in options.clients:
@@ -353,6 +389,92 @@ def batching(options: argparse.Namespace, _: list[bytes]) -> None:
     print(f"one by one on {cores} workers: {1000 * seconds:6.2f} ms a photo")
 
 
+def quota(options: argparse.Namespace, photos: list[bytes]) -> None:
+    """Requests/s at 8 clients, with the cores that are seen, the quota and WORKERS varied."""
+    with tempfile.TemporaryDirectory() as name:
+        pretended = Path(name)
+        (pretended / "sitecustomize.py").write_text(
+            "import os\nos.sched_getaffinity = lambda _: set(range(64))\n"
+        )
+        print(f"{'seen':>5} {'quota':>6} {'WORKERS':>8} {'req/s':>7} {'of the best':>12}")
+        for limit in (None, 1.0):
+            cases = [(seen, workers) for seen in (0, 64) for workers in ("", "1", "2")]
+            rates = dict.fromkeys(cases, 0.0)
+            for _ in range(options.rounds):
+                for seen, workers in cases:
+                    environment = {"PYTHONPATH": str(pretended)} if seen else {}
+                    rate = _limited_rate(options, photos, limit, workers, environment)
+                    rates[seen, workers] += rate / options.rounds
+            for (seen, workers), rate in rates.items():
+                cells = f"{seen or num_cores():5} {limit or 'none':>6} {workers or 'unset':>8}"
+                print(f"{cells} {rate:7.1f} {rate / max(rates.values()):12.2f}")
+
+
+def _limited_rate(
+    options: argparse.Namespace,
+    photos: list[bytes],
+    limit: float | None,
+    workers: str,
+    environment: dict[str, str],
+) -> float:
+    environment = {**environment, "NUTRILEARN_WORKERS": workers}
+    with ExitStack() as stack:
+        group = stack.enter_context(cpu_group(limit)) if limit else None
+        server = stack.enter_context(nutrilearn(options.model_dir, group, **environment))
+        return asyncio.run(timed(server, photos, 8, options)).rate
+
+
+def departure(options: argparse.Namespace, photos: list[bytes]) -> None:
+    heavy = io.BytesIO()
+    image = Image.radial_gradient("L").resize((4032, 3024)).convert("RGBA")
+    image.save(heavy, "AVIF", speed=10)
+    with nutrilearn(options.model_dir) as server:
+        asyncio.run(_departure(server, photos[0], photo_request(heavy.getvalue())))
+
+
+async def _departure(server: Server, photo: bytes, heavy: bytes) -> None:
+    async with Connection(server) as connection:
+        started = time.perf_counter()
+        await connection.ask(heavy)
+        one = time.perf_counter() - started
+        for _ in range(60):
+            async with Connection(server) as leaving:
+                leaving.writer.write(heavy)
+                await leaving.writer.drain()
+                await asyncio.sleep(0.01)
+        started = time.perf_counter()
+        status, _, _ = await connection.ask(photo)
+        seconds = time.perf_counter() - started
+    print(
+        f"one heavy photo: {one:.2f} s; behind 60 of clients who left: {seconds:.2f} s ({status})"
+    )
+
+
+def large(options: argparse.Namespace, _: list[bytes]) -> None:
+    size = 14 * 2**20
+    bodies = {
+        "random bytes": os.urandom(size),
+        "zeros": bytes(size),
+        "near boundaries": b"\r\n--edgeX" * (size // 9),
+        "padded boundary": b"\r\n--edge" + b" " * size,
+        "a JPEG's start, then noise": b"\xff\xd8\xff\xe0" + os.urandom(size),
+    }
+    with nutrilearn(options.model_dir, backend=options.against / "backend") as server:
+        for name, body in bodies.items():
+            # The clients are a process of their own, which /health is not measured through.
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                flood = pool.submit(_flood, server, photo_request(body), options.seconds)
+                time.sleep(2)
+                latencies = asyncio.run(poll_health(server, Stop(seconds=options.seconds - 2)))
+                statuses = dict(sorted(flood.result().items()))
+            p99 = 1000 * statistics.quantiles(latencies, n=100)[98]
+            print(f"14 MB of {name:<27} /health p99 {p99:6.1f} ms; answers {statuses}")
+
+
+def _flood(server: Server, request: bytes, seconds: float) -> Counter[int]:
+    return asyncio.run(load(server, [request], 32, Stop(seconds=seconds))).statuses
+
+
 def median_seconds(call: Callable[[], object], repetitions: int = 15) -> float:
     times = []
     for _ in range(repetitions):
@@ -364,7 +486,15 @@ def median_seconds(call: Callable[[], object], repetitions: int = 15) -> float:
 
 # Command --------------------------------------------------------------------------------------
 
-PARTS = {"speed": speed, "memory": memory, "reload": reload, "batching": batching}
+PARTS = {
+    "speed": speed,
+    "memory": memory,
+    "reload": reload,
+    "batching": batching,
+    "quota": quota,
+    "departure": departure,
+    "large": large,
+}
 
 
 def drawn_photos(count: int = 8) -> list[bytes]:
@@ -382,6 +512,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--model_dir", type=Path, default=ROOT / "ml-models")
+    parser.add_argument("--against", type=Path, default=ROOT, help="another copy to compare with")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; default: drawn ones")
     parser.add_argument("--seconds", type=float, default=10, help="of one round")
     parser.add_argument("--rounds", type=int, default=3)

@@ -18,7 +18,7 @@ from app.ml.predictor import ClassProbability
 from app.nutrition import food_facts, food_table
 from app.schemas import Food, FoodPrediction, Health, ModelInfo, Ready, TopPrediction
 from app.settings import Integer
-from app.uploads import FIELD, UploadMemory, check_content_type, take_photo
+from app.uploads import FIELD, Body, UploadMemory, check_content_type, take_photo
 
 router = APIRouter()
 token_of = HTTPBearer(auto_error=False, description="the server's NUTRILEARN_RELOAD_TOKEN")
@@ -49,7 +49,7 @@ PHOTO_BODY = {
 }
 
 
-async def uploaded(request: Request) -> AsyncIterator[bytearray]:
+async def uploaded(request: Request) -> AsyncIterator[Body]:
     """Give a route the request's body, once all of it has arrived."""
     memory = request.app.state.uploads
     assert isinstance(memory, UploadMemory)
@@ -66,7 +66,7 @@ async def uploaded(request: Request) -> AsyncIterator[bytearray]:
     openapi_extra={"requestBody": PHOTO_BODY},
 )
 async def predict(
-    body: Annotated[bytearray, Depends(uploaded)], request: Request, service: Service
+    body: Annotated[Body, Depends(uploaded)], request: Request, service: Service
 ) -> FoodPrediction:
     """The photo is decoded in memory, answered and forgotten; nothing of it is stored or logged."""
     photo = partial(take_photo, body, request.headers["content-type"])

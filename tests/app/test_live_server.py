@@ -41,8 +41,13 @@ def photo() -> bytes:
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """One worker, and three seconds for an upload."""
-    values = {"NUTRILEARN_WORKERS": "1", "NUTRILEARN_UPLOAD_TIMEOUT_SECONDS": "3"}
+    """One worker, three seconds for an upload, 40 MB for all of them, and no temporary folder."""
+    values = {
+        "NUTRILEARN_WORKERS": "1",
+        "NUTRILEARN_UPLOAD_TIMEOUT_SECONDS": "3",
+        "NUTRILEARN_UPLOAD_MEMORY_BYTES": "40000000",
+        "TMPDIR": "/nonexistent",
+    }
     log = tmp_path_factory.mktemp("server") / "log"
     with live_server(model_dir, log, **values) as server:
         yield server
@@ -185,35 +190,31 @@ def test_small_errors_keep_the_connection(server: LiveServer) -> None:
             assert read_answer(connection)[0] == 415
 
 
-def test_unread_bodies_under_way_are_bounded(model_dir: Path, tmp_path: Path) -> None:
-    """20 uploads of 4 MB, of which the memory holds 5; none of them is on disk."""
-    values = {"NUTRILEARN_UPLOAD_MEMORY_BYTES": "20000000", "TMPDIR": str(tmp_path / "none")}
-    half, size = bytes(4_000_000), 8_000_000
-    with live_server(model_dir, tmp_path / "log", **values) as server:
-        connections = [server.connect() for _ in range(20)]
-        for connection in connections:
-            connection.sendall(head(size) + half)
-        readable, _, _ = select.select(connections, [], [], 10)
-        while len(readable) < 15:
-            readable, _, _ = select.select(connections, [], [], 10)
-        answers = [read_answer(connection) for connection in readable]
-        assert {status for status, _, _ in answers} == {429}
-        assert {headers["retry-after"] for _, headers, _ in answers} == {"1"}
-        metrics = httpx2.get(f"{server.url}/metrics").text
-        (held,) = re.findall(r"^nutrilearn_upload_bytes (\S+)", metrics, re.M)
-        assert 16_000_000 <= float(held) <= 20_000_000
-        for connection in connections:
-            connection.close()
+def test_bodies_under_way_are_bounded(server: LiveServer) -> None:
+    """20 uploads of which 4 MB each have arrived, where there is memory for 10 of them."""
+    connections = [server.connect() for _ in range(20)]
+    for connection in connections:
+        connection.sendall(head(8_000_000) + bytes(4_000_000))
+    deadline = time.monotonic() + 2.5
+    while len(readable := select.select(connections, [], [], 1)[0]) < 10:
+        assert time.monotonic() < deadline
+    metrics = httpx2.get(f"{server.url}/metrics").text
+    answers = [read_answer(connection) for connection in readable]
+    assert {status for status, _, _ in answers} == {429}
+    assert {headers["retry-after"] for _, headers, _ in answers} == {"1"}
+    (held,) = re.findall(r"^nutrilearn_upload_bytes (\S+)", metrics, re.M)
+    assert 36_000_000 <= float(held) <= 40_000_000
+    for connection in connections:
+        connection.close()
 
 
 # The end --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_within_seconds(
-    number: signal.Signals, model_dir: Path, tmp_path: Path, heavy_photo: bytes
+def test_sigterm_ends_the_server_within_seconds(
+    model_dir: Path, tmp_path: Path, heavy_photo: bytes
 ) -> None:
-    """With a queue of half a minute, an upload that drips, and no graceful timeout given."""
+    """With a queue of many seconds, an upload that drips, and no graceful timeout given."""
     log = tmp_path / "log"
     with (
         live_server(model_dir, log, NUTRILEARN_WORKERS="1") as server,
@@ -224,7 +225,7 @@ def test_a_signal_ends_the_server_within_seconds(
         asking = [people.submit(ask, server, heavy_photo) for _ in range(50)]
         while "nutrilearn_queue_depth 4" not in httpx2.get(f"{server.url}/metrics").text:
             time.sleep(0.01)
-        server.stop(number)
+        server.stop(signal.SIGTERM)
         answers = [future.result() for future in asking]
         assert read_answer(dripping)[2]["code"] == "stopping"
     assert {answer.status_code for answer in answers} == {200, 503}
@@ -247,31 +248,28 @@ def test_what_is_under_way_is_still_answered(
         asking = [people.submit(ask, server, heavy_photo) for _ in range(2)]
         while "nutrilearn_queue_depth 2.0" not in httpx2.get(f"{server.url}/metrics").text:
             time.sleep(0.01)
-        server.stop()
+        server.stop(signal.SIGINT)
         assert {future.result().status_code for future in asking} == {200}
+        assert "Traceback" not in server.log.read_text()
 
 
 # The log --------------------------------------------------------------------------------------
 
 
-def test_every_line_of_the_log_is_json(model_dir: Path, tmp_path: Path, photo: bytes) -> None:
-    with live_server(model_dir, tmp_path / "log") as server:
-        ask(server, photo)
-        headers = {"Content-Type": "multipart/form-data; boundary=edge"}
-        httpx2.post(f"{server.url}/api/v1/predict", content=b"--other", headers=headers)
-        for garbage in (b"\x16\x03\x01\x02\0\x01\0", b"GET /\x1b[31m HTTP/1.1\r\n\r\n"):
-            with server.connect() as connection:
-                connection.sendall(garbage)
-                connection.shutdown(socket.SHUT_WR)
-                connection.recv(1000)
-        server.stop()
-        lines = server.lines()
-    messages = [line["message"] for line in lines]
+def test_every_line_of_the_log_is_json(server: LiveServer, photo: bytes) -> None:
+    ask(server, photo)
+    headers = {"Content-Type": "multipart/form-data; boundary=edge"}
+    httpx2.post(f"{server.url}/api/v1/predict", content=b"--other", headers=headers)
+    for garbage in (b"\x16\x03\x01\x02\0\x01\0", b"GET /\x1b[31m HTTP/1.1\r\n\r\n"):
+        with server.connect() as connection:
+            connection.sendall(garbage)
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1000)
+    messages = [line["message"] for line in server.lines()]
     assert "Invalid HTTP request received." in messages  # uvicorn's
     assert any("boundary" in message for message in messages)  # python-multipart's
-    (starting,) = [line for line in lines if line["message"] == "starting"]
+    (starting,) = [line for line in server.lines() if line["message"] == "starting"]
     assert {"cores", "cpu_quota", "workers", "threads"} <= starting.keys()
-    assert messages.count("request") == 2
 
 
 def test_the_client_behind_a_proxy_is_logged(server: LiveServer) -> None:
@@ -279,14 +277,6 @@ def test_the_client_behind_a_proxy_is_logged(server: LiveServer) -> None:
     httpx2.get(f"{server.url}/health", headers=headers)
     (line,) = [line for line in server.lines() if line.get("request_id") == "proxied"]
     assert line["client"] == "203.0.113.7"
-
-
-def test_behind_a_prefix_that_the_proxy_takes_off(model_dir: Path, tmp_path: Path) -> None:
-    with live_server(model_dir, tmp_path / "log", "--root-path", "/nutri") as server:
-        assert httpx2.get(f"{server.url}/").is_success
-        assert httpx2.get(f"{server.url}/health/").is_success
-        assert httpx2.get(f"{server.url}/static/app.js").is_success
-        assert "'/nutri/openapi.json'" in httpx2.get(f"{server.url}/docs/").text
 
 
 # What it uses of the machine ------------------------------------------------------------------

@@ -182,15 +182,12 @@ def test_the_token_is_never_shown() -> None:
     assert TOKEN not in repr(Settings(reload_token=TOKEN))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("WORKERS", "two"), ("MODLE_DIR", "x"), ("RELOAD_TOKEN", "secret-word")],
-)
-def test_the_start_ends_with_one_line(name: str, value: str) -> None:
+def test_the_start_ends_with_one_line() -> None:
+    environment = {**os.environ, "NUTRILEARN_RELOAD_TOKEN": "secret", "NUTRILEARN_WORKERS": "two"}
     result = subprocess.run(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--port", "0"],
         cwd=BACKEND,
-        env={**os.environ, f"{ENV_PREFIX}{name}": value},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=120,
@@ -198,5 +195,5 @@ def test_the_start_ends_with_one_line(name: str, value: str) -> None:
     )
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("the server cannot start: ") and f"{ENV_PREFIX}{name}" in line
-    assert "secret" not in result.stdout + result.stderr
+    assert line.startswith("the server cannot start: NUTRILEARN_WORKERS is 'two': ")
+    assert "NUTRILEARN_RELOAD_TOKEN" in line and "secret" not in result.stdout + line
