@@ -9,7 +9,6 @@ scores that could have decided instead: the share that each refuses where it ref
 """
 
 import argparse
-import csv
 import io
 import math
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from app.ml.artifacts import report_folder_name
 from app.ml.predictor import FoodPredictor, load_model_for_inference, nearest_centroid
 from app.ml.preprocessing import normalize
 from training.release.calibration import verdict_shares
+from training.release.tables import read_table
 
 SIDE = 320
 OF_EACH = 25
@@ -190,8 +190,7 @@ def photographs() -> list[Image.Image]:
 def test_images(model_dir: Path, version: int) -> list[tuple[Path, str]]:
     """Path and class of each test image of the version that is still there."""
     table = model_dir / report_folder_name(version) / "test_predictions.csv"
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = [(Path(row["file"]), row["actual"]) for row in csv.DictReader(file)]
+    rows = [(Path(row["file"]), row["actual"]) for row in read_table(table)]
     return [row for row in rows if row[0].exists()]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.ml.durable import check_writable, file_lock, replace_file, sync_folder, write_durably
+from app.ml.durable import file_lock, replace_file, sync_folder, write_durably
 from app.ml.model import BACKBONES
 from app.ml.preprocessing import PreprocessConfig
 
@@ -242,15 +242,6 @@ def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
 
 
 # Saving ---------------------------------------------------------------------------------------
-
-
-def check_output_dir(output_dir: Path, flag: str = "--output_dir") -> None:
-    """Prove, before hours of training, that a version can be saved in a folder.
-
-    Raises:
-        FolderError: one line that names the flag.
-    """
-    check_writable(output_dir, flag, LOCK_NAME)
 
 
 def state_bytes(state: object) -> memoryview:

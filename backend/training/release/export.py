@@ -80,6 +80,6 @@ def check_logits(folder: Path, version: int, images: Tensor, expected: Tensor) -
         difference = float((logits - expected).abs().max())
         if not difference <= form.tolerance:  # nor may it be NaN
             raise VerificationError(
-                f"the saved model ({runtime}) gives other logits than the trained one: they "
-                f"differ by up to {difference:.2g}, allowed is {form.tolerance:g}"
+                f"the saved model ({runtime}) does not reproduce the logits of the trained one: "
+                f"they differ by up to {difference:.2g}, allowed is {form.tolerance:g}"
             )

@@ -181,7 +181,8 @@ def _placed(chart: Chart, history: list[dict[str, float]]) -> dict[str, Any]:
     from matplotlib.ticker import MaxNLocator
 
     values = [record[key] for key in chart.series for record in history]
-    ticks = MaxNLocator(4).tick_values(0.0 if chart.from_zero else min(values), max(values))
+    lowest = 0.0 if chart.from_zero else min(values)
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(lowest, max(values))
     first, last = int(history[0]["epoch"]), int(history[-1]["epoch"])
     epoch_ticks = MaxNLocator(6, integer=True).tick_values(first, last)
 

@@ -26,7 +26,7 @@ const orders = {
 // leave a canvas blank beyond 16,384 pixels, and a phone sooner.
 const box = $("matrix"), plane = box.firstElementChild, canvas = plane.firstElementChild;
 const SMALLEST = 9, LARGEST = 56; // pixels a cell, at first and at most
-const CORNER = 64; // pixels for the names of the axes
+const CORNER = 76; // pixels for the names of the axes
 let order = orders.name(), place = order, zoom = 1, at = null; // place: where a class stands in the order
 let size, room, ink, paper, line, right, wrong;
 
@@ -80,7 +80,7 @@ function draw() {
     within(context, room, 0, width - room, room, () => { context.rotate(-Math.PI / 2); context.translate(-room, 0); drawNames(context, columns, room - left, true); });
   }
   context.font = font(11.5); context.fillStyle = ink; context.textAlign = "right";
-  context.fillText("answer →", room - 6, room - 22); context.fillText("actual ↓", room - 6, room - 8);
+  context.fillText("predicted →", room - 6, room - 22); context.fillText("actual ↓", room - 6, room - 8);
 }
 
 function within(context, x, y, width, height, paint) {

@@ -1,0 +1,270 @@
+"""A release: whole or not at all, whatever fails on the way; never stopped by a picture."""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import jinja2
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+from tests.support import standin
+from tests.support.runs import draw_photos
+from torch import nn
+
+from app.ml.artifacts import SaveError, list_versions, read_record, released_files
+from app.ml.model import build_model
+from app.ml.predictor import Runtime, load_model_for_inference
+from training.config import TrainingConfig
+from training.data.splits import FoodData, load_food_data
+from training.errors import VerificationError
+from training.release import release
+from training.release.export import FORMATS, Format
+from training.release.release import TrainingResult, release_model
+
+CPU = torch.device("cpu")
+REPORT = {
+    "MODEL_CARD.md",
+    "confusion_matrix.png",
+    "evaluation_results.json",
+    "report.html",
+    "test_predictions.csv",
+}
+Trained = Callable[..., TrainingResult]
+
+
+@pytest.fixture(autouse=True)
+def small_backbone() -> None:
+    standin.register()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> FoodData:
+    return load_food_data(draw_photos(tmp_path_factory.mktemp("data") / "photos"))
+
+
+@pytest.fixture
+def model(data: FoodData) -> nn.Module:
+    standin.register()
+    torch.manual_seed(0)
+    return build_model(standin.NAME, len(data.class_to_idx))
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Trained:
+    """What a run of two epochs says of itself."""
+
+    def result(**changes: Any) -> TrainingResult:
+        epoch = {"train_loss": 1.0, "train_acc": 0.5, "val_loss": 1.0, "val_acc": 0.5}
+        epoch |= {"learning_rate": 0.001, "seconds": 2.0, "images_per_second": 13.0}
+        values: dict[str, Any] = {
+            "run_name": "run-1",
+            "command": "python backend/train_model.py",
+            "config": TrainingConfig(model_name=standin.NAME, output_dir=tmp_path / "models"),
+            "history": [{"epoch": number, **epoch} for number in (1, 2)],
+            "best_epoch": 2,
+            "stopped_early": False,
+            "skipped": {"broken.jpg": "the image data is damaged"},
+            "num_workers": 0,
+        }
+        return TrainingResult(**{**values, **changes})
+
+    return result
+
+
+def report_of(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "food_model_v1").iterdir()}
+
+
+def test_a_release_is_whole(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    folder = tmp_path / "models"
+    record = release_model(model, data, trained(), CPU)
+    assert read_record(folder) == record and record.version == 1
+    assert record.sha256.keys() == {
+        *("food_model_v1.pth", "food_model_v1.onnx", "food_model_v1.centroids.pth")
+    }
+    assert report_of(folder) == REPORT
+    assert all(path.is_file() for path in released_files(folder, record))
+    assert not list(folder.glob(".staging*"))
+    plain = torch.load(folder / "food_model_v1.pth", weights_only=True)
+    model.load_state_dict(plain)
+    numbers = [v for v in record.metrics.values() if isinstance(v, float)]
+    assert all(map(math.isfinite, numbers))
+    assert 0 <= record.metrics["test_balanced_accuracy"] <= 1
+
+
+def test_the_results_are_complete_and_agree_with_the_predictions(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    record = release_model(model, data, trained(), CPU)
+    report = tmp_path / "models" / "food_model_v1"
+    text = (report / "evaluation_results.json").read_text(encoding="utf-8")
+    results = json.loads(text)
+    assert results["top1"] == record.metrics["test_top1"]
+    assert results["run"] == "run-1" and set(results["verdicts"]) == {"validation", "test"}
+    matrix = np.array(results["confusion_matrix"])
+    assert matrix.sum() == results["num_images"] == len(data.test)
+    assert all(json.dumps(row) in text for row in matrix.tolist())  # a row is a line
+    with (report / "test_predictions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(row["correct"] == "True" for row in rows) == np.trace(matrix)
+    assert {row["file"] for row in rows} == set(data.test.paths)
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "broken.jpg" in page and "Trained for all 2 epochs." in page
+
+
+def test_early_stopping_is_told(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    release_model(model, data, trained(stopped_early=True), CPU)
+    page = (tmp_path / "models" / "food_model_v1" / "report.html").read_text(encoding="utf-8")
+    assert "Stopped early: no lower validation loss for 5 epochs." in page
+    assert "stopped after epoch 2" in page
+
+
+def test_a_run_that_was_released_keeps_its_version(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    """It was cut off after its version was complete, and before its record said so."""
+    first = release_model(model, data, trained(), CPU)
+    (tmp_path / "models" / "model_config.json").unlink()
+    assert release_model(model, data, trained(), CPU) == first
+    assert read_record(tmp_path / "models") == first
+    assert release_model(model, data, trained(run_name="run-2"), CPU).version == 2
+
+
+ERRORS = [
+    MemoryError("std::bad_alloc"),
+    RuntimeError("agg\nfailed"),
+    OSError(28, "No space left on device"),
+    AttributeError("'Figure' object has no attribute 'x'"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    ("owner", "name", "missing"),
+    [
+        (matplotlib.figure.Figure, "savefig", {"confusion_matrix.png"}),
+        (jinja2.Template, "render", {"report.html", "MODEL_CARD.md"}),
+    ],
+    ids=["matplotlib", "jinja"],
+)
+def test_no_picture_and_no_page_stops_a_release(
+    owner: Any,
+    name: str,
+    missing: set[str],
+    error: Exception,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(owner, name, fail)
+    record = release_model(model, data, trained(), CPU)
+    assert read_record(tmp_path / "models") == record
+    assert report_of(tmp_path / "models") == REPORT - missing
+    lines = [m for m in caplog.messages if m.startswith("skipped ")]
+    assert {line.split()[1].removesuffix(":") for line in lines} == missing
+    assert all(type(error).__name__ in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["sklearn.metrics.confusion_matrix", "torch.save"])
+def test_too_little_memory_is_one_line_and_leaves_nothing(
+    name: str,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(name, fail)
+    with pytest.raises(SaveError, match="memory") as raised:
+        release_model(model, data, trained(), CPU)
+    assert "\n" not in str(raised.value)
+    assert not list_versions(tmp_path / "models")
+
+
+def test_memory_that_torch_lacks_is_one_line_too(
+    data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate")
+
+    monkeypatch.setattr(nn.functional, "adaptive_avg_pool2d", fail)
+    with pytest.raises(SaveError, match=r"^not enough memory to test the model"):
+        release_model(model, data, trained(), CPU)
+
+
+def test_a_form_that_answers_otherwise_is_not_released(
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = FORMATS["onnx"]
+
+    def of_another(network: nn.Module, *names: Any) -> bytes | memoryview:
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter += 0.01
+        return right.export(other, *names)
+
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(right, export=of_another))
+    with pytest.raises(SaveError, match=r"\(onnx\) does not reproduce the logits") as raised:
+        release_model(model, data, trained(), CPU)
+    assert isinstance(raised.value.__cause__, VerificationError)
+    assert not list_versions(tmp_path / "models")
+
+
+def test_a_form_is_a_row(
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each runtime that reads one has its row, and a release writes what the table says."""
+    assert set(FORMATS) == set(get_args(Runtime))
+    monkeypatch.delitem(FORMATS, "onnx")
+    record = release_model(model, data, trained(), CPU)
+    assert record.sha256.keys() == {"food_model_v1.pth", "food_model_v1.centroids.pth"}
+    predictor = load_model_for_inference(tmp_path / "models")
+    assert predictor.predict(data.test.paths[0]).top
+    assert all(isinstance(form, Format) for form in FORMATS.values())
+
+
+def test_images_that_are_gone_leave_nothing_to_test(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    gone = dataclasses.replace(data.test, paths=tuple(f"{p}.gone" for p in data.test.paths))
+    with pytest.raises(SaveError, match=r"none of 9 images can be read, e\.g\. .*\.gone"):
+        release_model(model, dataclasses.replace(data, test=gone), trained(), CPU)
+    assert not (tmp_path / "models").exists()
+
+
+def test_centroids_are_of_a_bounded_number_of_images(
+    data: FoodData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "CENTROID_IMAGES", 2)
+    some = release.some_of_each(data.train)
+    assert np.bincount(some.labels).tolist() == [2, 2, 2]
+    assert set(some.paths) < set(data.train.paths)
