@@ -70,10 +70,9 @@ class Audit:
             paths_by_reason[entry["reason"]].append(entry["path"])
         lines = [_describe(reason, paths) for reason, paths in paths_by_reason.items()]
         if self.other_files:
-            counts = self.other_files.most_common(5)
-            endings = ", ".join(f"{n:,} {ending or 'without ending'}" for ending, n in counts)
-            total = self.other_files.total()
-            lines.append(f"not pictures: {total:,} files ({endings})")
+            counts = self.other_files.most_common(10)
+            endings = (f"{count:,} {ending or 'without an ending'}" for ending, count in counts)
+            lines.append(f"files that are not pictures: {', '.join(endings)}")
         return lines
 
 

@@ -335,11 +335,11 @@ def _grouped(paths: Iterable[str], key: Callable[[str], Hashable]) -> list[list[
 
 
 def _size(path: str) -> int:
-    return Path(path).stat().st_size
+    return os.path.getsize(path)
 
 
 def _middle(path: str) -> bytes:
-    with Path(path).open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0) as file:
         file.seek(_size(path) // 2)
         return file.read(4096)
 

@@ -122,7 +122,7 @@ def test_the_table_has_a_row_per_picture(
         assert float(row["probability_2"]) == pytest.approx(alone.top[1].probability, abs=1e-5)
     bad = str(photos / "dinner" / "05.png")
     others, skipped, counts, failed, place = caplog.messages
-    assert others == "not pictures: 1 files (1 .txt)"
+    assert others == "files that are not pictures: 1 .txt"
     assert skipped.startswith(f"skipped {bad}: ")
     verdicts = r"(\d+) confident, (\d+) unsure, (\d+) not_food, 1 could not be read"
     found = re.fullmatch(rf"9 images: {verdicts}; \d+\.\d images/s", counts)
@@ -214,7 +214,7 @@ def test_what_is_not_read_is_counted_by_its_ending(
     ]
     assert caplog.messages[:2] == [
         "warning: skipped 2 (not a format that is read): TIF: a.tif, b.TIF; save them as JPEG",
-        "not pictures: 3 files (1 .aae, 1 .mov, 1 without ending)",
+        "files that are not pictures: 1 .aae, 1 .mov, 1 without an ending",
     ]
 
 

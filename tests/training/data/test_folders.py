@@ -195,7 +195,7 @@ def test_formats_that_are_not_read_are_named_with_the_way_out(tmp_path: Path) ->
         "CR2: d.CR2, e.cr2; SVG: f.svg; save them as JPEG"
     )
     assert empty == f"warning: skipped 1 (a folder without images): {tmp_path.name}"
-    assert others == "not pictures: 5 files (2 .json, 1 .aae, 1 .mov, 1 .txt)"
+    assert others == "files that are not pictures: 2 .json, 1 .aae, 1 .mov, 1 .txt"
 
 
 @needs_links

@@ -215,7 +215,7 @@ def test_a_google_takeout_folder(tmp_path: Path) -> None:
     data = load_food_data(tmp_path)
     assert data.class_to_idx.keys() == {"pizza", "ramen", "photos_from_2023"}
     assert any("dates or cameras: photos_from_2023" in note for note in data.notes)
-    assert "not pictures: 19 files (19 .json)" in data.notes
+    assert "files that are not pictures: 19 .json" in data.notes
 
 
 def test_nothing_of_the_base_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,7 +442,7 @@ def test_one_error_lists_every_offender(
     write_images(custom, 1)
     deny_listing(monkeypatch, custom / "locked")
     lines = custom_refusal(base_dir, custom).splitlines()
-    assert lines[0] == f"the custom data in {custom} has 8 problems:"
+    assert lines[0] == f"problems of the custom data in {custom}: 8"
     listed = [line for line in lines if line.startswith("  ")]
     assert len(listed) == 8 and "biryani" not in "".join(listed)
     text = "\n".join(lines)
@@ -476,7 +476,7 @@ def test_a_few_unreadable_files_among_many_are_skipped_and_named(
     (custom / "dosa" / "0006.jpg").write_bytes(b"")  # empty, so seen in the listing
     (custom / "dosa" / "0007.jpg").write_bytes(b"\xff\xd8\xff no more")
     lines = custom_refusal(base_dir, custom).splitlines()
-    assert lines[0].endswith("has 4 problems:") and "0006.jpg" in lines[-1]
+    assert lines[0].endswith(": 4") and "0006.jpg" in lines[-1]
 
 
 def test_a_class_that_unreadable_files_make_too_small_is_an_error(
