@@ -1,10 +1,10 @@
 """The files of a released model: their names, their schema, how they are saved, checked and read.
 
-A version N is `food_model_vN.pth` (the plain state_dict), `food_model_vN.onnx` (the same network
-for onnxruntime), `food_model_vN.centroids.pth` (what each class looks like to the head, to tell
-dishes from other things), `food_model_vN.json` (its record, written once) and the folder
-`food_model_vN` (its report). `class_to_idx.json` and `model_config.json` repeat the record of the
-current version. A version exists exactly if its record does: it is the last of its files to appear.
+Version N is `food_model_vN.pth` (the plain state_dict), `food_model_vN.onnx` (the same network for
+onnxruntime), `food_model_vN.centroids.pth` (what each class looks like to the head, to tell dishes
+from other things), `food_model_vN.json` (its record, written once) and the folder `food_model_vN`
+(its report). `class_to_idx.json` and `model_config.json` repeat the record of the current version.
+A version exists if and only if its record does, which is the last of its files to appear.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ class ModelRecord:
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of the logits."""
+        """Return the class names in the order of the logits."""
         return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
 
     def to_json(self) -> str:
@@ -114,7 +114,7 @@ class ModelRecord:
             raise ValueError(
                 f"format version {values.get('format_version')}; this code reads {FORMAT_VERSION}"
             )
-        known = {field.name for field in fields(cls)}
+        known = {item.name for item in fields(cls)}
         if wrong := known ^ values.keys():
             raise ValueError(f"missing or unknown keys: {', '.join(sorted(wrong))}")
         values["preprocessing"] = PreprocessConfig.from_dict(values["preprocessing"])
@@ -155,13 +155,13 @@ def report_folder_name(version: int) -> str:
 
 
 def list_versions(model_dir: Path) -> list[int]:
-    """The complete versions in a folder, oldest first."""
+    """List the complete versions in a folder, oldest first."""
     found = (re.fullmatch(r"food_model_v(\d+)\.json", p.name) for p in model_dir.glob("*.json"))
     return sorted(int(match[1]) for match in found if match)
 
 
 def read_record(model_dir: Path, version: int | None = None) -> ModelRecord:
-    """The record of a version, or of the current one.
+    """Read the record of a version, or of the current one.
 
     Raises:
         NoModelError: nothing released there, or not that version.
@@ -178,9 +178,9 @@ def read_record(model_dir: Path, version: int | None = None) -> ModelRecord:
     return _read_current(model_dir)
 
 
-def _read_current(model_dir: Path, tries: int = 20) -> ModelRecord:
-    """The current record; waits out the moment in which a release has replaced one file of two."""
-    for _ in range(tries):
+def _read_current(model_dir: Path) -> ModelRecord:
+    """Wait out the moment in which a release has replaced one file of two, and read the record."""
+    for _ in range(20):
         record = _parse_record(model_dir / CONFIG_NAME)
         if record != _parse_record(own := model_dir / record_name(record.version)):
             raise DamagedArtifactError(
@@ -212,7 +212,7 @@ def _read_class_map(path: Path) -> dict[str, int]:
 
 
 def read_checked(model_dir: Path, name: str, record: ModelRecord) -> bytes:
-    """The bytes of one of the record's files, which must have the recorded SHA-256.
+    """Read one of the record's files, which must have the recorded SHA-256.
 
     Raises:
         DamagedArtifactError: missing, unreadable or changed.
@@ -230,13 +230,13 @@ def read_checked(model_dir: Path, name: str, record: ModelRecord) -> bytes:
 
 
 def read_state(model_dir: Path, record: ModelRecord) -> dict[str, Tensor]:
-    """The version's state_dict, on the CPU."""
+    """Read the version's state_dict, on the CPU."""
     data = read_checked(model_dir, weights_name(record.version), record)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
-    """The version's class centroids, unit vectors: (num_classes, num_features)."""
+    """Read the version's class centroids, unit vectors: (num_classes, num_features)."""
     data = read_checked(model_dir, centroids_name(record.version), record)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
@@ -245,7 +245,7 @@ def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
 
 
 def state_bytes(state: object) -> memoryview:
-    """What torch.save writes for an object; the same tensors give the same bytes."""
+    """Serialize as torch.save does; the same tensors give the same bytes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
@@ -276,7 +276,7 @@ class NewVersion:
 
     def write_record(self, record: ModelRecord) -> None:
         """Write the record; from now on the version can be loaded from the staging folder."""
-        write_durably(self.folder / record_name(self.number), record.to_json().encode())
+        write_durably(self.folder / record_name(self.number), _encoded(record.to_json()))
         self.record = record
 
 
@@ -314,7 +314,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 def _next_number(output_dir: Path) -> int:
-    """One more than any file here is named after, with a record or without."""
+    """Count on from the files here, whether their version has a record or not."""
     found = (re.match(r"food_model_v(\d+)", path.name) for path in output_dir.iterdir())
     return 1 + max((int(match[1]) for match in found if match), default=0)
 
@@ -360,11 +360,16 @@ def _content(path: Path) -> bytes | None:
 
 def _current_files(record: ModelRecord) -> dict[str, bytes]:
     class_map = json.dumps(record.class_to_idx, indent=2, ensure_ascii=False) + "\n"
-    return {CLASS_MAP_NAME: class_map.encode(), CONFIG_NAME: record.to_json().encode()}
+    return {CLASS_MAP_NAME: _encoded(class_map), CONFIG_NAME: _encoded(record.to_json())}
+
+
+def _encoded(text: str) -> bytes:
+    """Encode JSON; a path may hold bytes that are not text, which JSON can only hold escaped."""
+    return text.encode("utf-8", errors="backslashreplace")
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a release left that was cut off; only under the release lock.
+    """Remove what an interrupted release left; only under the release lock.
 
     Files of a version are removed only where a release marked its number as its own: weights
     without a record may be somebody's.
@@ -381,18 +386,18 @@ def remove_leftovers(output_dir: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder; one that stays, another user's for example, is only in the way."""
+    """Remove a file or folder if that is possible: another user's does no harm."""
     try:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        logger.warning("leftover of an earlier release cannot be removed: %s", error)
+        logger.warning("cannot remove what an interrupted release left: %s", error)
 
 
 def released_files(output_dir: Path, record: ModelRecord) -> list[Path]:
-    """Every file of a version, and those that name the current one."""
+    """List every file of a version, and those that name the current one."""
     version = record.version
     names = [*record.sha256, record_name(version), CLASS_MAP_NAME, CONFIG_NAME]
     report = output_dir / report_folder_name(version)
@@ -400,9 +405,9 @@ def released_files(output_dir: Path, record: ModelRecord) -> list[Path]:
 
 
 def make_current(output_dir: Path, record: ModelRecord) -> None:
-    """Finish a release that was cut off when its version was complete.
+    """Finish a release that was interrupted when its version was complete.
 
-    Tidies up, and lets the current files name the version if it is the newest.
+    Tidies up, and makes the version the current one if it is the newest.
     """
     with file_lock(output_dir / LOCK_NAME):
         remove_leftovers(output_dir)

@@ -1,7 +1,7 @@
-"""Files that hold their old or their new content after any crash, on any file system.
+"""Write files that hold their old or their new content after any crash, on any file system.
 
 Network shares, FUSE mounts and sync clients lack calls that a local disk has. What only adds safety
-is then done without, and said once; a write that may not have reached the disk is an error.
+is optional: its failure is logged once. A write that may not have reached the disk is an error.
 """
 
 import errno
@@ -48,7 +48,7 @@ def write_durably(path: Path, data: bytes | memoryview) -> None:
 
 
 def replace_file(source: Path, target: Path) -> None:
-    """Rename over what is there; on Windows a virus scanner or a sync client may hold it a moment.
+    """Rename over what is there; on Windows a virus scanner or sync client may hold it briefly.
 
     Raises:
         OSError: it is still held after two seconds, or cannot be renamed at all.
@@ -77,13 +77,13 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def optional(call: str, refusals: set[int]) -> Iterator[None]:
-    """Continue without a call that the file system refuses; the first refusal is logged."""
+    """Continue without a call that the file system refuses; log the first refusal."""
     try:
         yield
     except OSError as error:
         if error.errno not in refusals:
             raise
-        _tell_once(call, f"{call} refused by the file system ({error}); continuing without")
+        _tell_once(call, f"{call} refused by the file system ({error}); continuing without it")
 
 
 def _tell_once(subject: str, line: str) -> None:
@@ -94,7 +94,7 @@ def _tell_once(subject: str, line: str) -> None:
 
 @contextmanager
 def file_lock(path: Path, timeout: float = -1) -> Iterator[None]:
-    """Hold a lock among processes; where the file system has none, warn and go on without.
+    """Hold a lock among processes; where the file system has none, warn and continue without it.
 
     timeout: seconds to wait for another holder; negative waits forever.
 

@@ -119,7 +119,7 @@ class Comparison(TypedDict):
 
 
 def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Path:
-    """Print how the new version differs from the old one and draw it; the page.
+    """Print how the new version differs from the old one and draw it; return the page.
 
     Raises:
         ArtifactError: a version or its test is missing, or no image was in both tests.
@@ -137,7 +137,7 @@ def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Pat
 
 
 def read_test(model_dir: Path, version: int) -> VersionTest:
-    """A version's record and what it answered in its test.
+    """Read a version's record and what it answered in its test.
 
     Raises:
         ArtifactError: missing or unreadable.
@@ -161,7 +161,7 @@ def _answer(row: dict[str, str]) -> Answer:
 
 
 def compare(old: VersionTest, new: VersionTest) -> Comparison:
-    """Everything the page and the printed table say.
+    """Compute everything the page and the printed table say.
 
     Raises:
         ComparisonError: no image was in both tests under the same class.
@@ -200,7 +200,7 @@ def compare(old: VersionTest, new: VersionTest) -> Comparison:
 
 
 def mcnemar_p(gained: int, lost: int) -> float:
-    """The chance of so lopsided a split, or a more lopsided one, if each flip were a fair coin.
+    """Compute the chance of a split at least as lopsided if each flip were a fair coin toss.
 
     McNemar's test (1947, Psychometrika 12:153) in its exact, two-sided, binomial form; Dietterich
     (1998, Neural Computation 10:1895) advises it for two classifiers and one test set.
@@ -211,7 +211,7 @@ def mcnemar_p(gained: int, lost: int) -> float:
 
 
 def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
-    """The 95% interval of the difference of two shares of the same images.
+    """Compute the 95% interval of the difference of two shares of the same images.
 
     Wald's interval with half an image more in each of the four cells (Agresti and Min 2005,
     Statistics in Medicine 24:729), which keeps its 95% for few images too.
@@ -224,7 +224,7 @@ def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values, corrected for how many there are (Holm 1979, Scand. J. Statistics 6:65)."""
+    """Correct p-values for how many there are (Holm 1979, Scand. J. Statistics 6:65)."""
     corrected, highest = list(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -269,7 +269,7 @@ def _conclusion(old: str, new: str, gain: int, p_value: float) -> str:
 
 
 def _class_changes(old: VersionTest, new: VersionTest, paths: Sequence[str]) -> list[ClassChange]:
-    """One record per class, the largest change first."""
+    """Describe the change of each class, the largest first."""
     pairs: dict[str, list[tuple[bool, bool]]] = {}
     for path in paths:
         before, after = old.answers[path], new.answers[path]
@@ -297,7 +297,7 @@ def _class_changes(old: VersionTest, new: VersionTest, paths: Sequence[str]) -> 
 def _flips(
     old: VersionTest, new: VersionTest, paths: Sequence[str], flipped: np.ndarray
 ) -> list[Flip]:
-    """The flipped pictures with both answers; the most confident wrong answer first."""
+    """List the flipped images with both answers, the most confident wrong answer first."""
     rows = []
     for path in (paths[i] for i in np.flatnonzero(flipped).tolist()):
         before, after = old.answers[path], new.answers[path]
@@ -315,14 +315,14 @@ def _flips(
 
 
 def _other_settings(old: ModelRecord, new: ModelRecord) -> list[tuple[str, object, object]]:
-    """What both were trained with differently: name, then, now."""
+    """List the settings that differ: name, then, now."""
     before, after = old.training, new.training
     names = dict.fromkeys([*before, *after])
     return [(n, before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
 
 
 def _notes(old: VersionTest, new: VersionTest, shared: list[str], paths: list[str]) -> list[str]:
-    """What the comparison skips, and what makes it less than fair."""
+    """Say what the comparison skips, and what makes it less than fair."""
     notes = []
     for tested in (old, new):
         if only := len(tested.answers) - len(shared):
@@ -343,7 +343,7 @@ def _some_of(names: Sequence[str]) -> str:
 
 
 def write_comparison(path: Path, comparison: Comparison) -> list[str]:
-    """Draw the comparison as one page; the pictures that are no longer available, by path."""
+    """Draw the comparison as one page; return the pictures that are no longer available."""
     shown = {
         kind: [with_thumbnail(flip) for flip in flips[:PICTURES_SHOWN]]
         for kind, flips in comparison["flips"].items()
@@ -353,7 +353,7 @@ def write_comparison(path: Path, comparison: Comparison) -> list[str]:
 
 
 def summary_lines(comparison: Comparison) -> list[str]:
-    """The comparison as it is printed."""
+    """Format the comparison as it is printed."""
     old, new = comparison["versions"]
     low, high = comparison["difference_ci95"]
     rows = [["", old["name"], new["name"], f"{new['name']} - {old['name']}"]]
@@ -392,7 +392,7 @@ def _class_lines(classes: list[ClassChange], old: str, new: str) -> list[str]:
 
 
 def _aligned(rows: list[list[str]], side: str) -> list[str]:
-    """The rows as lines; the first column to the left, the others to this side."""
+    """Align the columns of rows: the first to the left, the others to this side."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<", *[side] * (len(widths) - 1)]
     return [

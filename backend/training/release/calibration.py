@@ -61,7 +61,7 @@ class Probabilities(NamedTuple):
 
 
 def checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The arrays, which must fit each other and be finite.
+    """Check that the arrays fit each other and are finite.
 
     Raises:
         ValueError: they are empty, misshapen, not finite, or of other classes.
@@ -88,7 +88,7 @@ def checked(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def in_blocks(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Consecutive rows in float64, few enough at once that memory does not grow with N times C."""
+    """Yield consecutive rows in float64, few enough that memory does not grow with N times C."""
     rows = max(1, VALUES_AT_ONCE // logits.shape[1])
     for start in range(0, len(logits), rows):
         where = slice(start, start + rows)
@@ -96,7 +96,7 @@ def in_blocks(logits: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities (N, C) in float64; a temperature above 1 makes them less certain."""
+    """Turn logits into probabilities (N, C) in float64; T > 1 makes them less certain."""
     from scipy import special  # takes a moment, which only a release should pay
 
     return special.softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
@@ -105,7 +105,7 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 def probabilities(
     logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
 ) -> Probabilities:
-    """What matters of the softmax at a temperature."""
+    """Compute what matters of the softmax at a temperature, block by block."""
     found = Probabilities(*(np.empty(len(labels)) for _ in Probabilities._fields))
     for where, block in in_blocks(logits):
         shares = softmax(block, temperature)
@@ -119,7 +119,7 @@ def probabilities(
 
 
 def fit_decision(logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray) -> Decision:
-    """How logits and similarities to the nearest centroid, (N,), become an answer."""
+    """Fit how logits and similarities to the nearest centroid, (N,), become an answer."""
     temperature = fit_temperature(logits, labels)
     confidence = probabilities(logits, labels, temperature).confidence
     return Decision(
@@ -157,7 +157,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def confidence_threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
-    """The lowest confidence from which on upwards enough answers are right; 1 if none is."""
+    """Find the lowest confidence above which enough answers are correct; 1 if there is none."""
     order = np.argsort(-confidences, kind="stable")
     confidences = confidences[order]
     precision = np.cumsum(correct[order]) / np.arange(1, len(order) + 1)
@@ -167,7 +167,7 @@ def confidence_threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
 
 
 def class_centroids(pooled: Tensor, labels: np.ndarray, num_classes: int) -> Tensor:
-    """The mean direction of each class's features, as unit vectors.
+    """Average the directions of each class's features, to unit vectors.
 
     pooled: (N, num_features). Returns (num_classes, num_features); zeros, to which nothing is
     similar, for a class without images.
@@ -184,7 +184,7 @@ def class_centroids(pooled: Tensor, labels: np.ndarray, num_classes: int) -> Ten
 def verdict_shares(
     decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
 ) -> dict[str, VerdictShare]:
-    """How often each verdict is given on pictures of known dishes; arguments as `fit_decision`."""
+    """Count how often each verdict is given on known dishes; arguments as for `fit_decision`."""
     confidence = probabilities(logits, labels, decision.temperature).confidence
     correct = logits.argmax(axis=1) == labels
     is_food = similarities >= decision.food_at
@@ -200,7 +200,7 @@ def verdict_shares(
 
 
 def measure_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> Calibration:
-    """How well the confidences of logits come true, as they are and at a temperature."""
+    """Measure how well confidences come true, as the logits are and at a temperature."""
     hits = logits.argmax(axis=1) == labels
     before, after = (probabilities(logits, labels, t) for t in (1.0, temperature))
     bins_before, bins_after = (reliability_bins(p.confidence, hits) for p in (before, after))
@@ -216,7 +216,7 @@ def measure_calibration(logits: np.ndarray, labels: np.ndarray, temperature: flo
 
 
 def reliability_bins(confidences: np.ndarray, hits: np.ndarray) -> list[Bin]:
-    """Set stated confidences (N,) against what came true (N,), in bins of equal width."""
+    """Compare stated confidences (N,) with hits (N,), in bins of equal width."""
     index = _bin_index(confidences)
     return [
         _bin(number, confidences[index == number], hits[index == number])
@@ -240,7 +240,7 @@ def _bin_index(confidences: np.ndarray) -> np.ndarray:
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """The expected calibration error: mean |accuracy - confidence|, weighted by bin size."""
+    """Compute the expected calibration error: mean |accuracy - confidence|, weighted by count."""
     gaps = total = 0.0
     for part in bins:
         if part["accuracy"] is not None and part["confidence"] is not None:
@@ -250,7 +250,7 @@ def calibration_error(bins: list[Bin]) -> float:
 
 
 def _error_by_chance(confidences: np.ndarray) -> float:
-    """The calibration error that a perfectly calibrated model shows on average.
+    """Estimate the calibration error that a perfectly calibrated model shows on average.
 
     It is biased upwards on few images; hits drawn with the stated probabilities say how much.
     """
@@ -264,5 +264,5 @@ def _error_by_chance(confidences: np.ndarray) -> float:
 
 
 def _brier(found: Probabilities) -> float:
-    """Mean squared distance to the one-hot truth, from 0 to 2 (Brier 1950)."""
+    """Compute the mean squared distance to the one-hot truth, from 0 to 2 (Brier 1950)."""
     return float((found.squares - 2 * found.actual + 1).mean())

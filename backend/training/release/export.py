@@ -21,12 +21,12 @@ from training.errors import VerificationError
 
 
 def export_state(model: nn.Module, _name: str, _config: PreprocessConfig) -> memoryview:
-    """The plain state_dict, loadable without this project."""
+    """Write the plain state_dict, loadable without this project."""
     return state_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
 
 
 def export_onnx(model: nn.Module, model_name: str, config: PreprocessConfig) -> bytes:
-    """The network, batch-norm folded: images (N, 3, crop, crop) to logits and what the head saw."""
+    """Write the network, batch-norm folded: images (N, 3, crop, crop) to logits and features."""
     served = ServedNetwork(model, model_name)
     network = inference_copy(served, torch.device("cpu"), torch.float32)
     network = network.to(memory_format=torch.contiguous_format)

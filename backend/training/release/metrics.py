@@ -138,7 +138,7 @@ def evaluate(
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson 1927), sound for few images too."""
+    """Compute the 95% interval of a proportion (Wilson 1927), sound for few images too."""
     from scipy.stats import binomtest
 
     low, high = binomtest(hits, total).proportion_ci(method="wilson")
@@ -155,7 +155,7 @@ def _check_classes(classes: Sequence[str], logits: np.ndarray) -> None:
 
 
 def _ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each image's actual class, from 1; a tie goes to the lower index, as argmax."""
+    """Rank each image's actual class, from 1; a tie goes to the lower index, as in argmax."""
     ranks = np.empty(len(labels), dtype=int)
     columns = np.arange(logits.shape[1])
     for where, block in in_blocks(logits):
@@ -178,7 +178,7 @@ def _mean_nll(logits: np.ndarray, labels: np.ndarray) -> float:
 def _class_scores(
     labels: np.ndarray, predicted: np.ndarray, classes: Sequence[str]
 ) -> tuple[list[ClassScores], Averages, Averages]:
-    """Each class's scores, their mean, and their mean weighted by support."""
+    """Score each class; return the scores, their mean, and their mean weighted by support."""
     from sklearn.metrics import precision_recall_fscore_support
 
     # a class that has images but is never predicted scores 0, scikit-learn's own convention
@@ -204,7 +204,7 @@ def _class_scores(
 
 
 def _best_and_worst(scores: list[ClassScores]) -> tuple[list[ClassScores], list[ClassScores]]:
-    """The classes with the highest F1 and those with the lowest, the extremes first."""
+    """Pick the classes with the highest F1 and those with the lowest, the extremes first."""
     tested = [(c["f1"], c) for c in scores if c["f1"] is not None]
     by_f1 = [c for _, c in sorted(tested, key=lambda pair: (-pair[0], pair[1]["class_name"]))]
     shown = min(BEST_AND_WORST, math.ceil(len(by_f1) / 2))
@@ -264,7 +264,7 @@ def prediction_rows(
 
 
 def _top_answers(logits: np.ndarray, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the first answers and their probabilities, each (N, at most TOP_COLUMNS)."""
+    """Find the first answers and their probabilities, each (N, at most TOP_COLUMNS)."""
     top, shares = [], []
     for _, block in in_blocks(logits):
         # stable: a tie goes to the lower index, as it does in argmax

@@ -53,7 +53,7 @@ from training.release.metrics import (
 from training.release.report import ReportFacts, write_model_card, write_report
 from training.release.tables import write_table
 
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn")
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "scipy")
 EVAL_BATCH_SIZE = 64
 VERIFY_IMAGES = 32
 CENTROID_IMAGES = 100  # of each class, to find its center
@@ -188,7 +188,7 @@ def _memory_shortage_explained() -> Iterator[None]:
 def make_record(
     version: NewVersion, data: FoodData, result: TrainingResult, evaluation: Evaluation
 ) -> ModelRecord:
-    """Everything about the version but its weights."""
+    """Describe everything about the version but its weights."""
     return ModelRecord(
         format_version=FORMAT_VERSION,
         version=version.number,
@@ -237,6 +237,7 @@ def write_reports(
     (folder / "evaluation_results.json").write_text(
         _results_json({"verdicts": evaluation.verdicts, "run": result.run_name, **results}),
         encoding="utf-8",
+        errors="backslashreplace",
     )
     write_table(folder / PREDICTIONS_NAME, PREDICTION_COLUMNS, rows)
     with _skipped_if_it_fails(folder / "confusion_matrix.png") as path:
@@ -248,7 +249,7 @@ def write_reports(
 
 
 def _results_json(results: dict[str, Any]) -> str:
-    """Indented, but a row of the confusion matrix a line: a line a number would be a million."""
+    """Write one row of the confusion matrix per line: one number per line would be a million."""
     matrix = ",\n    ".join(json.dumps(row) for row in results["confusion_matrix"])
     rest = {name: value for name, value in results.items() if name != "confusion_matrix"}
     text = json.dumps(rest, indent=2, ensure_ascii=False).removesuffix("\n}")
@@ -277,7 +278,7 @@ def verify(version: NewVersion, model: nn.Module, evaluation: Evaluation) -> Non
 
 
 def _version_of(result: TrainingResult) -> ModelRecord | None:
-    """The version that the run released before it was cut off, if it came that far."""
+    """Find the version that the run released before it was interrupted, if it came that far."""
     output_dir, run = result.config.output_dir, (result.run_name, len(result.history))
     for version in reversed(list_versions(output_dir)):
         try:
@@ -297,7 +298,7 @@ def predict_split(
     num_workers: int,
     device: torch.device,
 ) -> Predictions:
-    """The logits of every image as serving would compute them, in the order of the split.
+    """Compute the logits of every image as serving would, in the order of the split.
 
     Raises:
         SaveError: none of the images can be read.
@@ -326,7 +327,7 @@ def predict_split(
 
 
 def some_of_each(split: Split) -> Split:
-    """At most `CENTROID_IMAGES` images of each class, the first of the split."""
+    """Take at most `CENTROID_IMAGES` images of each class, the first of the split."""
     chosen = [np.flatnonzero(split.labels == c)[:CENTROID_IMAGES] for c in np.unique(split.labels)]
     indices = np.sort(np.concatenate(chosen))
     return Split(tuple(split.paths[i] for i in indices), split.labels[indices])
@@ -344,7 +345,7 @@ def library_versions() -> dict[str, str]:
 def report_facts(
     record: ModelRecord, data: FoodData, result: TrainingResult, evaluation: Evaluation
 ) -> ReportFacts:
-    """What the report and the model card say beside the numbers."""
+    """Collect what the report and the model card say beside the numbers."""
     config, num_epochs = result.config, len(result.history)
     unreadable = [{"path": path, "reason": why} for path, why in evaluation.skipped.items()]
     reason = f"Trained for all {num_epochs} epochs."

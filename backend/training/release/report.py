@@ -148,12 +148,12 @@ def write_page(path: Path, template: str, **values: object) -> None:
 
 
 def with_thumbnail(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, with the name of its `file` and a small picture of it, None if it is missing."""
+    """Add the name of the row's `file` and a small picture of it, None if it is missing."""
     return {**row, "file_name": Path(row["file"]).name, "thumbnail": _thumbnail(row["file"])}
 
 
 def _thumbnail(file: str) -> str | None:
-    """The image's square center, about what the network sees, as a data URI."""
+    """Encode the image's square center, about what the network sees, as a data URI."""
     try:
         image = ImageOps.fit(load_image(file), (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     except (ImageError, OSError):  # moved or deleted since the test: the page says so
@@ -164,7 +164,7 @@ def _thumbnail(file: str) -> str | None:
 
 
 def _matrix(results: Results) -> Matrix:
-    """The diagonal first, then the most frequent confusions; the rarest go if there are many."""
+    """List the diagonal and the most frequent confusions; the rarest go if there are many."""
     counts = np.array(results["confusion_matrix"], dtype=np.int32)
     rows, columns = np.nonzero(counts)
     order = np.lexsort((-counts[rows, columns], rows != columns))[:CELLS_SHOWN]
@@ -177,7 +177,7 @@ def _matrix(results: Results) -> Matrix:
 
 
 def _placed(chart: Chart, history: list[dict[str, float]]) -> dict[str, Any]:
-    """The chart's lines and ticks in the coordinates of CHART_BOX."""
+    """Place the chart's lines and ticks in the coordinates of CHART_BOX."""
     from matplotlib.ticker import MaxNLocator
 
     values = [record[key] for key in chart.series for record in history]
@@ -220,7 +220,7 @@ def _f1_or_last(scores: ClassScores) -> float:
 
 
 def _typical_class(results: Results) -> dict[str, float]:
-    """The median class size, and the 95% margin of a recall near one half at that size."""
+    """Return the median class size and the 95% margin of a recall near one half at that size."""
     supports = [scores["support"] for scores in results["per_class"] if scores["support"]]
     support = int(statistics.median_low(supports))
     low, high = wilson_interval(support // 2, support)
@@ -254,7 +254,7 @@ def _percent(share: float | None, digits: int = 1) -> str:
 
 
 def _points(change: float) -> str:
-    """A difference of two shares, in points, with a sign that is as wide as a digit."""
+    """Format a difference of two shares in points, with a sign that is as wide as a digit."""
     sign = "+" if change > 0 else "\N{MINUS SIGN}" if change < 0 else "\N{PLUS-MINUS SIGN}"
     return f"{sign}{abs(100 * change):.1f}"
 

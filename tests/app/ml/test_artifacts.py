@@ -299,19 +299,21 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 SAVE_TWICE = """
-import sys, time
+import os, sys, time
 from pathlib import Path
+os.fsync = lambda _: None
 sys.path[:0] = sys.argv[2:4]
 from tests.app.ml.test_artifacts import save
 folder, me = Path(sys.argv[1]), sys.argv[4]
 (folder / f"ready-{me}").touch()
 while len(list(folder.glob("ready-*"))) < 2:
     time.sleep(0.01)
-for _ in range(5):
+for _ in range(4):
     print(save(folder / "ml-models", seed=int(me)).version)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_save_at_once_get_different_versions(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     command = [sys.executable, "-c", SAVE_TWICE, str(tmp_path), str(root), str(root / "backend")]
@@ -319,14 +321,14 @@ def test_two_processes_that_save_at_once_get_different_versions(tmp_path: Path) 
         subprocess.Popen([*command, me], stdout=subprocess.PIPE, text=True) for me in ("1", "2")
     ]
     versions = [int(line) for p in processes for line in p.communicate(timeout=120)[0].split()]
-    assert sorted(versions) == list(range(1, 11))
+    assert sorted(versions) == list(range(1, 9))
     folder = tmp_path / "ml-models"
     assert list_versions(folder) == sorted(versions)
     for version in versions:
         record = read_record(folder, version)
         state = read_state(folder, record)
         assert f"class_{state['weight'][0]:.0f}_0" in record.class_to_idx
-    assert loaded(folder)[0].version == 10
+    assert loaded(folder)[0].version == 8
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -335,6 +337,18 @@ def test_two_processes_that_save_at_once_get_different_versions(tmp_path: Path) 
 def test_the_record_survives_json() -> None:
     assert ModelRecord.from_json(RECORD.to_json()) == RECORD
     assert RECORD.classes == ["café crème", "dosa", "samosa"]
+
+
+def test_a_path_that_is_not_text_is_recorded_and_read_back(tmp_path: Path) -> None:
+    """A folder's name may hold any bytes; it must not cost the model at the end of training."""
+    strange = {"data_dir": "/data/not-\udcff-text", "名": "दाल"}
+
+    def record(version: NewVersion) -> None:
+        assert version.record
+        version.write_record(dataclasses.replace(version.record, training=strange))
+
+    save(tmp_path, report=record)
+    assert read_record(tmp_path).training == read_record(tmp_path, 1).training == strange
 
 
 def test_a_number_json_does_not_know_is_refused() -> None:
@@ -394,6 +408,34 @@ def test_what_is_no_record_is_damaged(text: str, name: str, tmp_path: Path) -> N
     (tmp_path / name).write_text(text)
     with pytest.raises(DamagedArtifactError):
         read_record(tmp_path, 1 if name == record_name(1) else None)
+
+
+BEFORE = """{
+  "format_version": 1,
+  "version": 1,
+  "model_name": "efficientnet_lite0",
+  "class_to_idx": {"caesar_salad": 0, "cup_cakes": 1},
+  "preprocessing": {
+    "resize": 256,
+    "crop": 224,
+    "interpolation": "bicubic",
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5]
+  },
+  "decision": {"temperature": 1.01, "confident_at": 0.62, "food_at": 0.41},
+  "sha256": {"food_model_v1.pth": "00", "food_model_v1.centroids.pth": "11"},
+  "metrics": {"test_top1": 0.5, "test_top1_ci95": [0.3, 0.7]},
+  "training": {"run": "a", "epochs_done": 1, "batch_norm": "fixed"},
+  "libraries": {"torch": "2.14.1"},
+  "created": "2026-11-28T09:00:00+00:00"
+}
+"""
+
+
+def test_a_record_of_the_first_version_is_read_unchanged() -> None:
+    record = ModelRecord.from_json(BEFORE)
+    assert json.loads(record.to_json()) == json.loads(BEFORE)
+    assert record.classes == ["caesar_salad", "cup_cakes"]
 
 
 def test_without_a_model_the_way_to_one_is_said(tmp_path: Path) -> None:
