@@ -29,6 +29,7 @@ from training.sample import generate as sample_food
 
 README, GUIDE = REPOSITORY / "README.md", REPOSITORY / "MODEL_TRAINING_GUIDE.md"
 FORMATS = REPOSITORY / "docs" / "formats.md"
+SERVING = REPOSITORY / "docs" / "serving.md"
 DOCS = [
     README,
     GUIDE,
@@ -238,7 +239,7 @@ def test_every_flag_has_its_row() -> None:
 
 
 def test_every_server_setting_has_its_row_with_its_default() -> None:
-    rows = {row[0].strip("`"): row[1] for row in table_rows(GUIDE, rf"`{ENV_PREFIX}\w+`")}
+    rows = {row[0].strip("`"): row[1] for row in table_rows(SERVING, rf"`{ENV_PREFIX}\w+`")}
     assert set(rows) == {f"{ENV_PREFIX}{name.upper()}" for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         shown = rows[f"{ENV_PREFIX}{name.upper()}"]
@@ -267,7 +268,7 @@ def test_every_requirement_has_its_row() -> None:
 
 
 def test_every_error_has_its_row() -> None:
-    rows = table_rows(GUIDE, r"\d{3}")
+    rows = table_rows(SERVING, r"\d{3}")
     assert sorted((int(row[0]), row[1].strip("`")) for row in rows) == sorted(
         (status, code) for code, (status, _) in ERRORS.items()
     )

@@ -30,20 +30,28 @@ COLAB = {
     "drive.py": "def mount(path): print('mounted at', path)",
     "files.py": (
         "import pathlib, shutil\n"
-        "uploads = sorted(pathlib.Path('uploads').iterdir())\n"
+        "uploads = sorted(path for path in pathlib.Path('uploads').iterdir() if path.is_file())\n"
         "def upload():\n"
+        "    if not uploads: return {}  # as after Cancel\n"
         "    chosen = uploads.pop(0)\n"
         "    return {chosen.name: pathlib.Path(shutil.copy(chosen, '.')).read_bytes()}\n"
         "def download(path): print('downloaded', path)\n"
     ),
-    "output.py": "def serve_kernel_port_as_window(port): print('a window on port', port)",
+    "output.py": (
+        "def serve_kernel_port_as_iframe(port, height): print('a frame on port', port, height)"
+    ),
 }
+# What Colab's frame needs of MLflow, asked before it is stopped.
+STOP_MLFLOW = """\
+from urllib.request import urlopen
+print("framing:", urlopen("http://127.0.0.1:5000/").headers["X-Frame-Options"])
+mlflow_server.terminate(), mlflow_server.wait(30)
+"""
 LOSE_DISK = """from shutil import rmtree
 for name in ("checkpoints", "ml-models"):
     rmtree(PROJECT / name)
 MORE_FLAGS += " --no_mlflow"
 """
-STOP_MLFLOW = "mlflow_server.terminate(), mlflow_server.wait(30)"
 
 
 def tiny_settings(folder: Path) -> dict[str, object]:
@@ -85,15 +93,18 @@ def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
 
 def with_test_cells(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
     """The notebook with tiny settings, a free port, MLflow stopped, and a lost disk at its end."""
-    settings, *_, mlflow, _ = cells = code_cells(notebook)
+    settings, *_, mlflow, photos = cells = code_cells(notebook)
     port = str(free_port())
     for cell in cells:
         cell.source = cell.source.replace("5000", port)
     values = "\n".join(f"{name} = {value!r}" for name, value in tiny_settings(folder).items())
     new_cell = nbformat.v4.new_code_cell
     notebook.cells.insert(notebook.cells.index(settings) + 1, new_cell(values))
-    notebook.cells.insert(notebook.cells.index(mlflow) + 1, new_cell(STOP_MLFLOW))
-    training = next(cell for cell in cells if "Train, or go on" in cell.source)
+    notebook.cells.insert(
+        notebook.cells.index(mlflow) + 1, new_cell(STOP_MLFLOW.replace("5000", port))
+    )
+    training = next(cell for cell in cells if "Train, or continue" in cell.source)
+    notebook.cells += [new_cell("# Cancelled\n" + photos.source + "\nprint('none chosen')")]
     notebook.cells += [new_cell(LOSE_DISK), new_cell(training.source)]
     return notebook
 
@@ -132,22 +143,32 @@ def output_of(executed: dict[str, str], title: str) -> str:
     return next(text for name, text in executed.items() if title in name)
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_shows_what_it_promises(executed: dict[str, str], folder: Path) -> None:
-    assert "epoch 1/1" in output_of(executed, "Train, or go on")
+    assert "epoch 1/1" in output_of(executed, "Train, or continue")
     shown = output_of(executed, "Curves, report")
     assert "<iframe srcdoc=" in shown and "image/png" in shown
-    prediction = output_of(executed, "your photos")
+    prediction = output_of(executed, "# @title 8. What is on your photos?")
     assert "2 lunch.jpg" in prediction and "%" in prediction
-    assert "a window on port" in output_of(executed, "Open MLflow")
-    assert "downloaded" in output_of(executed, "Download everything")
+    assert "none chosen" in output_of(executed, "Cancelled")
+    assert "a frame on port" in output_of(executed, "Open MLflow")
+    assert "framing: None" in executed["from urllib.request import urlopen"]
+    assert "downloaded" in output_of(executed, "Save everything")
     with zipfile.ZipFile(folder / "MyDrive" / "NutriLearn" / "nutrilearn-results.zip") as results:
         assert {"food_model_v1.pth", "food_model_v1/report.html"} <= set(results.namelist())
 
 
+@pytest.mark.slow
 def test_a_run_comes_back_from_drive_after_the_disk_is_lost(executed: dict[str, str]) -> None:
-    assert "brought back" in executed["trained again"]
+    assert "restored" in executed["trained again"]
     assert "resumed after epoch 1" in executed["trained again"]
     assert "food_model_v1.pth (now current)" in executed["trained again"]
+
+
+def test_the_results_are_saved_before_anything_waits_for_a_person() -> None:
+    """Only the zip of the project is asked for earlier, as nothing is there without it."""
+    *_, save, _, photos = (c.source for c in code_cells(nbformat.read(NOTEBOOK, as_version=4)))
+    assert "make_archive" in save and "files.upload()" in photos
 
 
 def test_the_notebook_is_clean_and_defines_nothing() -> None:
