@@ -208,12 +208,14 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, dict[s
     return before, after, present
 
 
+@pytest.mark.slow
 def test_importing_any_module_does_nothing(imported: tuple[Any, Any, object]) -> None:
     """No file, no log set-up, no thread, no signal, no randomness, no GPU."""
     before, after, _ = imported
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABSENT)
 def test_serving_pulls_in_what_it_needs(
     name: str, imported: tuple[object, object, dict[str, list[str]]]
