@@ -83,14 +83,17 @@ def predict_paths(
 
 
 def expand(pattern: str) -> list[str]:
-    """Return the files that a pattern stands for, as cmd.exe hands "photos\\*.jpg" on unexpanded.
+    """Return the files that a pattern stands for: cmd.exe expands neither *.jpg nor ~.
 
     Raises:
         DataError: there are none.
     """
-    if os.path.lexists(pattern) or not glob.has_magic(pattern):
+    if os.path.lexists(pattern):
         return [pattern]
-    if matches := sorted(glob.glob(pattern)):
+    path = os.path.expanduser(pattern)
+    if not glob.has_magic(path):
+        return [path]
+    if matches := sorted(glob.glob(path)):
         return matches
     raise DataError(f"--predict {pattern}: no file matches")
 
@@ -108,8 +111,11 @@ def print_predictions(model: FoodPredictor, paths: Sequence[str], top_k: int) ->
     for path in paths:
         try:
             prediction = model.predict(path, top_k)
-        except (ImageError, OSError) as error:
+        except ImageError as error:
             problems[path] = str(error)
+            continue
+        except OSError as error:
+            problems[path] = f"cannot be opened ({error.strerror})"
             continue
         # backslashreplace: a file name may hold bytes that are not text
         print(os.fsencode(path).decode("utf-8", "backslashreplace"))  # noqa: T201

@@ -1,6 +1,6 @@
 """What counts in a folder of photos, as people have them: class folders, images, and the rest.
 
-Nothing is decoded here. Only of a file whose name has no ending is the header read.
+Nothing is opened here, except that a file whose name has no ending is known by its first bytes.
 """
 
 import errno
@@ -13,19 +13,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
-from app.ml.preprocessing import IMAGE_EXTENSIONS, IMAGE_FORMATS
+from app.ml.preprocessing import IMAGE_EXTENSIONS
 from training.errors import DataError
 
 ImagesByClass = dict[str, list[str]]  # class name -> absolute paths of its images
 
 # What systems, desktops and file servers leave beside one's own files and folders.
 SERVICE_NAME = re.compile(
-    r"\..*|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r|__macosx|__pycache__"  # hidden, desktops
-    r"|\$recycle\.bin|recycle[rd]|system volume information|found\.\d{3}"  # Windows
+    r"\..*(?<!\.icloud)|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r|__macosx|__pycache__"
+    r"|\$recycle\.bin|recycle[rd]|system volume information|found\.\d{3}"
     r"|lost\+found|lost\.dir|network trash folder|temporary items|thevolumesettingsfolder"
-    r"|[#@]recycle|[#@~]snapshot|@recently-snapshot|@eadir|@tmp|@transcode|@__thumb",  # NAS
+    r"|[#@]recycle|[#@~]snapshot|@recently-snapshot|@eadir|@tmp|@transcode|@__thumb",
     re.IGNORECASE,
 )
 UNREAD_PICTURE = re.compile(
@@ -35,6 +33,9 @@ UNREAD_PICTURE = re.compile(
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 UNREAD_FORMAT = "not a format that is read"
 NOT_A_FILE = "not a regular file"
+IMAGE_START = re.compile(
+    rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv].|mif1|msf1)", re.DOTALL
+)
 ENDING = re.compile(r"\.(?!\d+$)[a-z0-9]{1,5}", re.ASCII)
 
 # Errors of one file or folder; others mean that its disk has gone.
@@ -144,18 +145,20 @@ def is_unread_picture(name: str) -> bool:
 
 
 def is_image(entry: "os.DirEntry[str]") -> bool:
-    """Whether a file is one that is read, by its ending or, where it has none, by its header."""
+    """Whether a file is one that is read: by its ending or, where it has none, by its content."""
     ending = ending_of(entry.name)
-    return ending in IMAGE_EXTENSIONS or (not ending and _has_image_header(entry))
+    return ending in IMAGE_EXTENSIONS or (not ending and _starts_as_image(entry))
 
 
-def _has_image_header(entry: "os.DirEntry[str]") -> bool:
+def _starts_as_image(entry: "os.DirEntry[str]") -> bool:
     try:
-        if not entry.is_file():
+        if not entry.is_file():  # reading a pipe would wait forever
             return False
-        with Image.open(entry.path, formats=IMAGE_FORMATS):
-            return True
-    except (OSError, ValueError, SyntaxError):
+        with open(entry.path, "rb", buffering=0) as file:
+            return bool(IMAGE_START.match(file.read(12)))
+    except OSError as error:
+        if _is_of_the_disk(error):
+            raise
         return False
 
 
@@ -183,7 +186,9 @@ def list_images(folder: Path, audit: Audit) -> list[str]:
 
 def skip_by_ending(entry: "os.DirEntry[str]", audit: Audit) -> None:
     """Note a file that is no image, or none that is read."""
-    if is_unread_picture(entry.name):
+    if entry.name.endswith(".icloud"):  # .IMG_1.HEIC.icloud stands for a file that is elsewhere
+        audit.skip(entry.path, "still in iCloud: download it first")
+    elif is_unread_picture(entry.name):
         audit.skip(entry.path, UNREAD_FORMAT)
     else:
         audit.other_files[ending_of(entry.name)] += 1

@@ -260,6 +260,16 @@ def test_a_pattern_that_the_shell_left_is_expanded(
         predict(model, "nothing*.jpg")
 
 
+@pytest.mark.usefixtures("photos")
+def test_the_home_folder_is_found_from_any_shell(
+    model: FoodPredictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(Path.cwd()))
+    assert predict(model, os.path.join("~", "photos")) == 0
+    assert len(rows()) == 9
+
+
 def test_a_file_may_be_named_like_a_pattern(
     model: FoodPredictor, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +380,7 @@ def test_single_pictures_are_printed_and_a_bad_one_stops_nothing(
     share = f"{top.probability:.1%}"
     assert re.fullmatch(rf"  {top.class_name.replace('_', ' ')} +{share}  #*", lines[1])
     assert [m.split(":")[0] for m in caplog.messages] == ["photos/dinner/05.png", "missing.jpg"]
+    assert caplog.messages[1] == "missing.jpg: cannot be opened (No such file or directory)"
     assert not Path("predictions.csv").exists()
     assert predict(model, first, last) == 0
 

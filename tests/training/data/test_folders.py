@@ -170,16 +170,25 @@ def test_images_are_known_by_their_endings(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["IMG_0001", "lunch.jpg?w=500", "lunch.jpg_large", "1.2", "12:30"])
-def test_files_without_an_ending_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "AVIF"])
+def test_files_without_an_ending_are_known_by_their_content(
+    tmp_path: Path, name: str, kind: str
+) -> None:
     try:
-        Image.new("RGB", (2, 2)).save(tmp_path / name, "PNG")
+        Image.new("RGB", (2, 2)).save(tmp_path / name, kind)
     except OSError:
         pytest.skip("this disk does not take the name")
     (tmp_path / "README").write_text("dal is lentils")
     (tmp_path / "empty").touch()
+    (tmp_path / "SCAN").write_bytes(b"II*\0")
     audit = Audit()
     assert names(list_images(tmp_path, audit)) == [name]
-    assert audit.other_files == {"": 2}
+    assert audit.other_files == {"": 3}
+
+
+def test_heic_without_an_ending(tmp_path: Path) -> None:
+    (tmp_path / "IMG_0001").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    assert names(list_images(tmp_path, Audit())) == ["IMG_0001"]
 
 
 def test_formats_that_are_not_read_are_named_with_the_way_out(tmp_path: Path) -> None:
@@ -196,6 +205,13 @@ def test_formats_that_are_not_read_are_named_with_the_way_out(tmp_path: Path) ->
     )
     assert empty == f"warning: skipped 1 (a folder without images): {tmp_path.name}"
     assert others == "files that are not pictures: 2 .json, 1 .aae, 1 .mov, 1 .txt"
+
+
+def test_photos_that_are_still_in_icloud_are_named(tmp_path: Path) -> None:
+    (tmp_path / ".IMG_1.HEIC.icloud").write_bytes(b"bplist00")
+    audit = Audit()
+    assert list_images(tmp_path, audit) == []
+    assert audit.skipped[0]["reason"] == "still in iCloud: download it first"
 
 
 @needs_links
