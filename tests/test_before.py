@@ -110,6 +110,7 @@ def test_a_checkpoint_is_read_or_refused_with_the_way_out(unpacked: Path) -> Non
         assert "\n" not in str(error)
 
 
+@pytest.mark.slow
 def test_a_new_run_says_what_it_cannot_resume_and_is_released_beside_the_old_version(
     project: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_new_run_says_what_it_cannot_resume_and_is_released_beside_the_old_ver
 # MLflow ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
 def test_the_mlflow_store_takes_new_runs_and_shows_the_old_ones(project: Path) -> None:
     """It stood at /example, which is not here any more, and moves in with its artifacts."""

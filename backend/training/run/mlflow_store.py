@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +12,18 @@ from urllib.request import url2pathname
 
 from training.errors import TrackingError
 
+PROJECT = Path(__file__).resolve().parents[3]
 ARTIFACTS_NAME = "mlartifacts"  # the folder beside the database
 LOCK_SECONDS = 4.0  # less than a trainer waits for its mirror
-CAUSES = {  # by SQLite's result codes, which sqlite3 has names for since Python 3.11
-    5: "another program has it locked",
-    26: "it is not a SQLite database; name another file with --tracking_uri",
-    11: "it is damaged; restore it, or move it away to begin a new one",
-    13: "its disk is full",
+CAUSES = {  # by what SQLite says
+    "database is locked": "another program has it locked",
+    "file is not a database": (
+        "it is not a SQLite database; name another file with --tracking_uri"
+    ),
+    "database disk image is malformed": (
+        "it is damaged; restore it, or move it away to begin a new one"
+    ),
+    "database or disk is full": "its disk is full",
 }
 STORED_LOCATIONS = (  # every column in which MLflow writes where artifacts are
     ("experiments", "artifact_location"),
@@ -72,9 +78,8 @@ def _columns(connection: sqlite3.Connection, table: str) -> set[str]:
 
 def _cause(database: Path, error: sqlite3.Error) -> str:
     """SQLite does not say which file it may not write, nor why."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # without the extended part
-    if code in CAUSES:
-        return CAUSES[code]
+    if cause := CAUSES.get(str(error)):
+        return cause
     for path in (database, database.parent):
         if path.exists() and not os.access(path, os.W_OK):
             return f"{path} is read-only for this user"
@@ -90,6 +95,14 @@ def _known_revisions() -> set[str]:
     places = (package.submodule_search_locations if package else None) or []
     files = (Path(p, "store", "db_migrations", "versions").glob("*_*.py") for p in places)
     return {file.name.split("_")[0] for folder in files for file in folder}
+
+
+def artifact_folder(uri: str, database: Path | None) -> Path | None:
+    """Return where the artifacts of a database go; a server decides that by itself: None."""
+    if database:
+        return database.parent / ARTIFACTS_NAME
+    is_database = re.match(r"(postgresql|mysql|mssql)\b", uri)
+    return PROJECT / ARTIFACTS_NAME if is_database else None
 
 
 def local_folder(location: str | None) -> Path | None:

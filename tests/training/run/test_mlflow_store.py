@@ -14,9 +14,17 @@ import pytest
 
 from training.config import REPOSITORY
 from training.errors import TrackingError
-from training.run.mlflow_store import check_database, local_folder, relocate_artifacts
+from training.run.mlflow_store import (
+    artifact_folder,
+    check_database,
+    local_folder,
+    relocate_artifacts,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*"),
+]
 
 
 def execute(database: Path, *statements: str) -> list[tuple[str]]:
@@ -184,6 +192,22 @@ def test_artifacts_of_other_places_stay(location: str, tmp_path: Path) -> None:
     add_experiment(tmp_path / "mlflow.db", location)
     assert relocate_artifacts(tmp_path / "mlflow.db") is None
     assert location_of(tmp_path / "mlflow.db") == location
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder"),
+    [
+        ("sqlite:///x.db", Path("/home/me/mlartifacts")),
+        ("postgresql+psycopg2://host/db", REPOSITORY / "mlartifacts"),
+        ("mysql://host/db", REPOSITORY / "mlartifacts"),
+        ("http://host:5000", None),
+        ("databricks", None),
+    ],
+)
+def test_artifacts_of_a_database_go_to_the_project(uri: str, folder: Path | None) -> None:
+    """Not to wherever the trainer was started; a server knows its own place."""
+    database = Path("/home/me/x.db") if uri.startswith("sqlite") else None
+    assert artifact_folder(uri, database) == folder
 
 
 def test_a_new_database_has_no_artifacts(tmp_path: Path) -> None:
