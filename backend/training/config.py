@@ -228,7 +228,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A bad argument ends with exit code 2 and one line."""
 
     def error(self, message: str) -> NoReturn:
-        line = " ".join(message.splitlines())
+        line = without_password(" ".join(message.splitlines()))
         print(f"{self.prog}: error: {line}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
 

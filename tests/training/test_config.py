@@ -123,6 +123,11 @@ def test_a_bad_value_is_one_line_and_exit_code_2(
     assert f"--{name} {value}: must be {FIELDS[name].metadata['type'].allowed}\n" in line
 
 
+def test_a_misspelt_flag_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["--tracking_url=http://me:hunter2@host"], capsys)
+    assert "--tracking_url=http://me:***@host" in line
+
+
 @pytest.mark.parametrize("name", VALUED)
 def test_a_good_value_is_taken_with_underscores_or_dashes(name: str) -> None:
     for text, value in GOOD[name].items():

@@ -165,6 +165,7 @@ def test_a_record_without_a_folder_and_a_mirror_without_a_run_do_nothing(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "absent"),
     [("record", ["mlflow"]), ("mlflow_mirror", ["mlflow", "torch", "numpy"])],
