@@ -32,6 +32,10 @@ is_new() { # PYTHON: newer than those that NutriLearn was tried with
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 15))'
 }
 
+version_of() {
+  if command -v "$1" >/dev/null; then "$1" --version 2>&1; else echo "not there"; fi
+}
+
 find_python() {
   local name newer='' names=(python3 python3.14 python3.13 python3.12 python3.11 python3.10 python)
   [ -z "${PYTHON:-}" ] || names=("$PYTHON")
@@ -44,7 +48,7 @@ find_python() {
     newer=${newer:-$name}
   done
   [ -n "$newer" ] || fail "a 64-bit Python 3.10 to 3.14 is needed, and ${PYTHON:-python3} is" \
-    "$("${PYTHON:-python3}" --version 2>&1 || true); get one from python.org or your system's" \
+    "$(version_of "${PYTHON:-python3}"); get one from python.org or your system's" \
     "packages (in an unusual place: PYTHON=/path/to/python ./train_quick_start.sh)"
   echo "$("$newer" --version) is newer than 3.14; if installing fails, use PYTHON=/path/to/python3.14" >&2
   echo "$newer"

@@ -164,6 +164,7 @@ def test_a_python_of_ones_own_is_used_and_checked(clone: Clone, tmp_path: Path) 
     assert (result.returncode, asked[0]) == (0, "venv"), result.stderr
     shutil.rmtree(clone.root / ".venv")
     assert clone.run("setup", PYTHON=str(own), TOO_OLD="1")[0].returncode == 1
+    assert "/no/python is not there;" in clone.run("setup", PYTHON="/no/python")[0].stderr
 
 
 def test_a_python_that_is_too_new_is_used_last_and_named(clone: Clone) -> None:
