@@ -112,8 +112,8 @@ def file_lock(path: Path, timeout: float = -1) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
             raise
-        where = str(path.parent)
-        _tell_once(where, f"{where} has no file locks ({error}); let only one process write there")
+        line = f"{path.parent} has no file locks ({error}); let only one process write there"
+        _tell_once("locks", line)
     try:
         yield
     finally:
