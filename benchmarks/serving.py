@@ -60,7 +60,7 @@ MODEL_DIR_VARIABLE = "BENCHMARK_MODEL_DIR"
 
 
 def minimal_app() -> FastAPI:
-    """The usual endpoint: PIL, torchvision transforms and eager PyTorch inside `async def`."""
+    """Build the usual endpoint: PIL, torchvision transforms and eager PyTorch in `async def`."""
     model_dir = Path(os.environ[MODEL_DIR_VARIABLE])
     record = read_record(model_dir)
     model = build_model(record.model_name, len(record.classes))
@@ -183,6 +183,7 @@ class Load:
 
     latencies: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of the server, where it was measured
     statuses: Counter[int] = field(default_factory=Counter)
     versions: Counter[str] = field(default_factory=Counter)
 
@@ -312,6 +313,7 @@ async def timed(
 def merge(total: Load, part: Load) -> None:
     total.latencies += part.latencies
     total.seconds += part.seconds
+    total.cpu_seconds += part.cpu_seconds
     total.statuses += part.statuses
 
 
@@ -331,16 +333,16 @@ def memory(options: argparse.Namespace, photos: list[bytes]) -> None:
             stop = Stop(requests=options.requests / 10)
             result = asyncio.run(load(server, photos, 16, stop))
             assert set(result.statuses) == {200}, result.statuses
-            sizes.append(asyncio.run(resident_bytes(server)))
+            sizes.append(asyncio.run(process_metric(server, "resident_memory_bytes")))
             print(f"{options.requests / 10 * len(sizes):8.0f} requests: {sizes[-1] / 1e6:.0f} MB")
         print(f"change from the first tenth to the end: {sizes[-1] / sizes[0] - 1:+.1%}")
 
 
-async def resident_bytes(server: Server) -> float:
+async def process_metric(server: Server, name: str) -> float:
     async with Connection(server) as connection:
         _, _, body = await connection.ask(http("GET", "/metrics"))
-    match = re.search(rb"\nprocess_resident_memory_bytes (\S+)", body)
-    assert match, "/metrics shows no memory on this system"
+    match = re.search(rf"\nprocess_{name} (\S+)".encode(), body)
+    assert match, f"/metrics has no process_{name} on this system"
     return float(match[1])
 
 
@@ -390,38 +392,42 @@ def batching(options: argparse.Namespace, _: list[bytes]) -> None:
 
 
 def quota(options: argparse.Namespace, photos: list[bytes]) -> None:
-    """Requests/s at 8 clients, with the cores that are seen, the quota and WORKERS varied."""
+    """Requests/s and CPU time at 8 clients; the cores seen, the quota and WORKERS vary."""
     with tempfile.TemporaryDirectory() as name:
         pretended = Path(name)
         (pretended / "sitecustomize.py").write_text(
             "import os\nos.sched_getaffinity = lambda _: set(range(64))\n"
         )
-        print(f"{'seen':>5} {'quota':>6} {'WORKERS':>8} {'req/s':>7} {'of the best':>12}")
+        print(f"{'seen':>5} {'quota':>6} {'WORKERS':>8} {'req/s':>7} {'of best':>8} {'CPU ms':>7}")
         for limit in (None, 1.0):
             cases = [(seen, workers) for seen in (0, 64) for workers in ("", "1", "2")]
-            rates = dict.fromkeys(cases, 0.0)
+            results = {case: Load() for case in cases}
             for _ in range(options.rounds):
                 for seen, workers in cases:
                     environment = {"PYTHONPATH": str(pretended)} if seen else {}
-                    rate = _limited_rate(options, photos, limit, workers, environment)
-                    rates[seen, workers] += rate / options.rounds
-            for (seen, workers), rate in rates.items():
+                    environment["NUTRILEARN_WORKERS"] = workers
+                    merge(results[seen, workers], _limited(options, photos, limit, environment))
+            best = max(result.rate for result in results.values())
+            for (seen, workers), result in results.items():
                 cells = f"{seen or num_cores():5} {limit or 'none':>6} {workers or 'unset':>8}"
-                print(f"{cells} {rate:7.1f} {rate / max(rates.values()):12.2f}")
+                cpu = 1000 * result.cpu_seconds / result.statuses[200]
+                print(f"{cells} {result.rate:7.1f} {result.rate / best:8.2f} {cpu:7.1f}")
 
 
-def _limited_rate(
+def _limited(
     options: argparse.Namespace,
     photos: list[bytes],
     limit: float | None,
-    workers: str,
     environment: dict[str, str],
-) -> float:
-    environment = {**environment, "NUTRILEARN_WORKERS": workers}
+) -> Load:
     with ExitStack() as stack:
         group = stack.enter_context(cpu_group(limit)) if limit else None
         server = stack.enter_context(nutrilearn(options.model_dir, group, **environment))
-        return asyncio.run(timed(server, photos, 8, options)).rate
+        asyncio.run(load(server, photos, 8, Stop(requests=16)))  # warm
+        before = asyncio.run(process_metric(server, "cpu_seconds_total"))
+        result = asyncio.run(load(server, photos, 8, Stop(seconds=options.seconds)))
+        result.cpu_seconds = asyncio.run(process_metric(server, "cpu_seconds_total")) - before
+        return result
 
 
 def departure(options: argparse.Namespace, photos: list[bytes]) -> None:
@@ -502,8 +508,8 @@ def drawn_photos(count: int = 8) -> list[bytes]:
     photos = []
     for seed in range(count):
         noise = Image.effect_noise((128, 96), 60).resize((512, 384), Image.Resampling.BICUBIC)
-        colours = [noise, noise.rotate(90 + seed), Image.radial_gradient("L").resize(noise.size)]
-        Image.merge("RGB", colours).save(buffer := io.BytesIO(), "JPEG", quality=90)
+        colors = [noise, noise.rotate(90 + seed), Image.radial_gradient("L").resize(noise.size)]
+        Image.merge("RGB", colors).save(buffer := io.BytesIO(), "JPEG", quality=90)
         photos.append(buffer.getvalue())
     return photos
 

@@ -61,14 +61,14 @@ async def uploaded(request: Request) -> AsyncIterator[Body]:
 @router.post(
     "/api/v1/predict",
     tags=["photos"],
-    summary="Say what is on a photo",
+    summary="Recognize the dish in a photo",
     responses=errors(400, 408, 413, 415, 422, 429, 503),
     openapi_extra={"requestBody": PHOTO_BODY},
 )
 async def predict(
     body: Annotated[Body, Depends(uploaded)], request: Request, service: Service
 ) -> FoodPrediction:
-    """The photo is decoded in memory, answered and forgotten; nothing of it is stored or logged."""
+    """The photo is decoded in memory; nothing of it is stored or logged."""
     photo = partial(take_photo, body, request.headers["content-type"])
     prediction, record = await unless_gone(request, service.predict(photo))
     best = prediction.top[0]
@@ -123,7 +123,7 @@ def _top_prediction(guess: ClassProbability) -> TopPrediction:
     responses=errors(404, 422),
 )
 async def food(class_name: str, service: Service) -> Food:
-    """What is known about a class of the model or of the nutrition table."""
+    """Facts about a class of the model or of the nutrition table."""
     in_model = service.predictor is not None and class_name in service.predictor.classes
     if not in_model and class_name not in food_table():
         raise HTTPException(404, "no such food; GET /api/v1/model lists the model's classes")
@@ -178,9 +178,11 @@ def check_token(
 )
 async def reload_model(
     service: Service,
-    version: Annotated[Integer | None, Query(ge=1, le=2**31, description="else the newest")] = None,
+    version: Annotated[
+        Integer | None, Query(ge=1, le=2**31, description="by default the newest")
+    ] = None,
 ) -> ModelInfo:
-    """The new model is checked and tried beside the old one; if it fails, the old one stays."""
+    """The new model is verified beside the old one, which keeps serving if it fails."""
     try:
         return _model_info(await service.load(version))
     except ModelLoadError as error:
@@ -207,7 +209,7 @@ async def ready(service: Service) -> Ready:
 @router.get(
     "/metrics",
     tags=["operation"],
-    summary="Numbers for Prometheus",
+    summary="Metrics for Prometheus",
     response_class=Response,
     responses={200: {"content": {"text/plain": {}}}, **errors()},
 )

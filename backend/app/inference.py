@@ -1,8 +1,8 @@
-"""The loaded model, the threads that compute with it, and how it is replaced while they do.
+"""The loaded model, the threads that run it, and how it is replaced meanwhile.
 
 Nothing here blocks the event loop: photos are decoded and classified on a bounded pool, and a new
-model is loaded on a thread of its own beside the one that serves. One photo at a time per worker:
-on a CPU, batches were no faster per photo (benchmarks/serving.py measures it).
+model is loaded on a separate thread beside the one being served. Each worker computes one photo at
+a time: on a CPU, batches were no faster per photo (benchmarks/serving.py measures it).
 """
 
 import asyncio
@@ -40,7 +40,7 @@ class ModelLoadError(RuntimeError):
 
 
 class InferenceService:
-    """Answers photos with the newest good model; use it from one event loop."""
+    """Classifies photos with the newest valid model; use it from one event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -48,7 +48,7 @@ class InferenceService:
         self.predictor: FoodPredictor | None = None
         self.problem = "the model is being loaded"
         self._load_lock = asyncio.Lock()
-        # A semaphore, not a counter: the pool's threads give the places back.
+        # A semaphore, not a counter: the pool's threads release it.
         self._places = threading.BoundedSemaphore(settings.workers + settings.queue_size)
         self._pool = self._new_pool()
 
@@ -69,7 +69,7 @@ class InferenceService:
 
         Raises:
             ModelMissingError: no model is loaded.
-            OverloadedError: workers + queue_size photos are already on their way.
+            OverloadedError: workers + queue_size photos are already accepted.
             ImageError: the photo cannot be used.
         """
         predictor = self.predictor
@@ -150,7 +150,7 @@ class InferenceService:
                 seen = released
 
     def _released(self) -> tuple[int, int] | None:
-        """Changes with every release, whose last act is to replace this one file."""
+        """Identify the current release, which replaces this file as its last step."""
         try:
             status = (self.settings.model_dir / CONFIG_NAME).stat()
         except OSError:
@@ -158,7 +158,7 @@ class InferenceService:
         return status.st_mtime_ns, status.st_ino
 
     def close(self) -> None:
-        """Drop what waits, and what is being computed; the service can be used again."""
+        """Drop all photos, without waiting for them; the service can be used again."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._pool = self._new_pool()  # has no threads until it is asked
 
@@ -172,7 +172,7 @@ def _for_clients(error: Exception, model_dir: Path) -> str:
 
 
 def _warm_up(predictor: FoodPredictor) -> None:
-    """One forward pass, which must give a finite logit for every class."""
+    """Run one forward pass, which must give a finite logit for every class."""
     crop = predictor.record.preprocessing.crop
     logits = predictor.logits(torch.zeros(1, 3, crop, crop, dtype=torch.uint8))
     if logits.shape != (1, len(predictor.classes)) or not logits.isfinite().all():

@@ -42,6 +42,7 @@ def log_to_stderr() -> None:
     logging.root.addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger("app").setLevel(logging.INFO)
-    uvicorn = logging.getLogger("uvicorn")  # has a handler of its own, for plain text
-    uvicorn.handlers.clear()
-    uvicorn.propagate = True
+    uvicorn = logging.getLogger("uvicorn")
+    if all(type(h.formatter).__module__ == "uvicorn.logging" for h in uvicorn.handlers):
+        uvicorn.handlers.clear()  # its default, which writes plain text
+        uvicorn.propagate = True

@@ -1,4 +1,4 @@
-"""What the server counts for Prometheus, in a registry of its own for each app."""
+"""Prometheus metrics, in one registry per app."""
 
 from prometheus_client import (
     CollectorRegistry,
@@ -14,7 +14,7 @@ CONFIDENCES = tuple(i / 10 for i in range(1, 11))
 
 
 class Metrics:
-    """stage: "queue", "decode", "inference", or "total" for the whole request."""
+    """All metrics; stage is "queue", "decode", "inference", or "total" for the whole request."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -68,5 +68,5 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """The registry in Prometheus' text format."""
+        """Write the registry in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What is known about a dish: its name, its kitchen and its sourced nutrition; nothing invented."""
+"""What is known about a dish: its name, its cuisine and its sourced nutrition; nothing invented."""
 
 import csv
 import string
@@ -18,10 +18,10 @@ NUTRIENTS = {
 
 @dataclass(frozen=True)
 class SourcedNutrition:
-    """What a food composition table says about a dish.
+    """The entry of a food composition table for a dish.
 
     per_100g: calories in kcal, the others in g, per 100 g of the dish.
-    match: how well the table's dish fits this one: "exact", "close" or "proxy".
+    match: how well the food in the table matches this dish: "exact", "close" or "proxy".
     """
 
     serving_g: float
@@ -37,7 +37,7 @@ class SourcedNutrition:
 
 @dataclass(frozen=True)
 class FoodFacts:
-    """One class; whatever nobody has a source for is None."""
+    """The facts of one class; None where there is no source."""
 
     class_name: str
     food_name: str
@@ -47,14 +47,14 @@ class FoodFacts:
 
 
 def food_facts(class_name: str) -> FoodFacts:
-    """The facts of a class; of an unknown one only a readable name."""
+    """Return the facts of a class; for an unknown one, only a readable name."""
     name = string.capwords(class_name.replace("_", " "))
     return food_table().get(class_name) or FoodFacts(class_name, name)
 
 
 @cache
 def food_table() -> dict[str, FoodFacts]:
-    """class_name -> facts, read from nutrition.csv once.
+    """Read nutrition.csv, once: class_name -> facts.
 
     Raises:
         ValueError: a class listed twice, or a row with only some of its nutrition.

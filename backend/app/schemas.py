@@ -1,4 +1,4 @@
-"""What the API answers; `api.py` fills these and OpenAPI shows them."""
+"""The API's answers, as OpenAPI shows them."""
 
 from datetime import datetime
 from typing import Any, Literal
@@ -31,16 +31,16 @@ class Food(BaseModel):
     serving_g: float | None = Field(description="weight of a usual serving", examples=[150])
     nutrition_per_100g: Nutrition | None
     nutrition_source: str | None = Field(
-        description="table, food and id the values come from",
+        description="table, food and id of the values",
         examples=["USDA FNDDS 2021-2023: Pie, apple (53301000)"],
     )
     nutrition_match: Literal["exact", "close", "proxy"] | None = Field(
-        description="how well the source's food fits this dish"
+        description="how well the food in the source matches this dish"
     )
 
     @staticmethod
     def values(facts: FoodFacts, *, with_nutrition: bool = True) -> dict[str, Any]:
-        """The fields of a class, its nutrition left out where the photo does not support one."""
+        """Fill the fields of a class, without nutrition where the photo does not support any."""
         nutrition = facts.nutrition if with_nutrition else None
         return {
             "food_name": facts.food_name,
@@ -64,21 +64,21 @@ class TopPrediction(BaseModel):
 
 
 class FoodPrediction(Food):
-    """What is on the photo."""
+    """The dish in the photo."""
 
     model_config = ConfigDict(protected_namespaces=())
 
     confidence: float = Confidence
     verdict: Literal["confident", "unsure", "not_food"] = Field(
-        description="how far to trust the answer; with not_food there is no nutrition"
+        description="how far to trust the answer; not_food comes without nutrition"
     )
-    top_predictions: list[TopPrediction] = Field(description="by falling confidence")
+    top_predictions: list[TopPrediction] = Field(description="in descending order of confidence")
     model_version: int = Field(examples=[3])
     timestamp: datetime = Field(description="UTC")
 
 
 class ModelInfo(BaseModel):
-    """The model that serves."""
+    """The model being served."""
 
     model_config = ConfigDict(protected_namespaces=())
 

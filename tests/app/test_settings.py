@@ -41,6 +41,9 @@ def test_there_are_as_many_workers_as_cores_that_may_be_used(
     assert loaded(monkeypatch).workers == num_cores()
     monkeypatch.setattr("app.settings.num_cores", lambda: 6)
     assert loaded(monkeypatch, WORKERS="2").threads == 3
+    assert loaded(monkeypatch, WORKERS="7").threads == 1
+    monkeypatch.setattr("app.settings.num_cores", lambda: 64)
+    assert loaded(monkeypatch, WORKERS="1").threads == 4  # more make one photo dearer, not faster
 
 
 @pytest.mark.parametrize(
