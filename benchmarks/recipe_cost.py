@@ -3,9 +3,9 @@
     python benchmarks/recipe_cost.py --weights FILE                     on drawn plates
     python benchmarks/recipe_cost.py --weights FILE --data_dir FOLDER
 
-Trains with the default recipe and with one setting changed, an epoch of each in turn, in one
-process, on the same images. Above 1 x, the changed setting is faster than the default; the first
-line changes nothing and shows the noise.
+Trains as by default and with one setting changed, an epoch of each in turn, in one process, on the
+same images. Above 1 x, the changed setting is faster than the default; the first line changes
+nothing and shows the noise.
 """
 
 import tempfile
@@ -16,38 +16,35 @@ import alternating
 from training_speed import OurLoop, config_from, epoch_parser, shorten
 
 import train_model
-from training.config import PLAIN_RECIPE
 
-CHANGES: list[dict[str, Any]] = [
-    {},
-    *({name: value} for name, value in PLAIN_RECIPE.items()),
-    PLAIN_RECIPE,
-    {"augmentation": "trivial"},
-]
+# What a plain script does instead; torchvision's crops show 8% of a picture or more.
+PLAIN = {"backbone_lr_scale": 1.0, "warmup_epochs": 0.0, "min_crop_scale": 0.08}
+PLAIN |= {"label_smoothing": 0.0, "ema_decay": 0.0}
+CHANGES: dict[str, dict[str, Any]] = {
+    "nothing changed": {},
+    **{f"{name} {value}": {name: value} for name, value in PLAIN.items()},
+    "all of these": PLAIN,
+}
 
 
 def main() -> None:
     parser = epoch_parser(__doc__)
     options = parser.parse_args()
     if options.weights == "none":
-        parser.error("--weights: random weights have neither a rate of their own nor batch-norm's")
+        parser.error(
+            "--weights none has no pretrained layers to slow down; give a file or imagenet"
+        )
     print(alternating.machine())
-    print(f"{'images/s of a training epoch':<44} {'default':>9} {'changed':>9}")
+    alternating.report_header("images/s of a training epoch", "default", "changed")
     with tempfile.TemporaryDirectory() as folder:
         default = config_from(options, Path(folder))
         data = shorten(train_model.load_data(default), options.images)
         ours = OurLoop(default, data, Path(folder) / "default")
-        for number, change in enumerate(CHANGES):
+        for number, (name, change) in enumerate(CHANGES.items()):
             config = config_from(options, Path(folder), **change)
             changed = OurLoop(config, data, Path(folder) / f"changed-{number}")
             result = alternating.compare(ours.epoch, changed.epoch, options.rounds)
-            alternating.report(_flags(change), "images/s", result)
-
-
-def _flags(change: dict[str, Any]) -> str:
-    if change is PLAIN_RECIPE:
-        return "--recipe plain"
-    return " ".join(f"--{name} {value}" for name, value in change.items()) or "nothing changed"
+            alternating.report(name, "images/s", result)
 
 
 if __name__ == "__main__":

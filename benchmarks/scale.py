@@ -4,7 +4,7 @@
 
 For each number, a Food-101 of that size (101 classes, every picture one of 500 drawn ones under
 another name) is made in a temporary folder. A fresh process then does what training does, from
-importing torch to the first batch of features, and goes on for 50 batches.
+importing torch to the first batch of features, and continues for 50 batches.
 """
 
 import argparse
@@ -18,13 +18,18 @@ import time
 from pathlib import Path
 
 import alternating
+from training_speed import OurLoop
+
+import train_model
+from training.config import TrainingConfig
+from training.sample.generate import draw_sample
 
 CLASSES = 101
 BATCHES = 50
 
 
 def make_tree(folder: Path, num_images: int, drawn: list[Path]) -> None:
-    """Food-101's layout, three quarters to train on; the pictures are links where links work."""
+    """Write Food-101's layout, three quarters to train on; the pictures are hard links."""
     root = folder / "food-101"
     lists: dict[str, dict[str, list[str]]] = {"train": {}, "test": {}}
     each = -(-num_images // CLASSES)
@@ -42,25 +47,15 @@ def make_tree(folder: Path, num_images: int, drawn: list[Path]) -> None:
         (root / "meta" / f"{part}.json").write_text(json.dumps(names), encoding="utf-8")
 
 
-def start(data_dir: Path, folder: Path) -> None:
-    """In a process of its own: prints seconds to the first batch, and peak memory in MB."""
-    began = time.perf_counter()
-    import torch
-
-    import train_model
-    from training.compute.distributed import Processes
-    from training.compute.features import feature_sources
-    from training.config import TrainingConfig
-
+def start(data_dir: Path, folder: Path, began: float) -> None:
+    """Print the seconds from `began` to the first batch, and this process's peak memory in MB."""
     config = TrainingConfig(data_dir=data_dir, weights="none", checkpoint_dir=folder)
-    device = torch.device("cpu")
     data = train_model.load_data(config)
-    listed = time.perf_counter() - began
-    run, frozen = train_model.build_run(config, data, device)
-    source, _ = feature_sources(config, data, frozen, folder, device, Processes(), run.micro_batch)
-    batches = source.batches(0, shuffle_seed=0)
+    listed = time.time() - began
+    source = OurLoop(config, data, folder).train_batches
+    batches = source.epoch(0)
     next(batches)
-    first = time.perf_counter() - began
+    first = time.time() - began
     for _ in zip(range(BATCHES), batches, strict=False):
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -69,23 +64,23 @@ def start(data_dir: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, nargs="+", default=[1010, 101_000])
-    parser.add_argument("--start", type=Path, nargs=2, help=argparse.SUPPRESS)
+    parser = alternating.make_parser(__doc__)
+    sizes = [1010, 101_000]
+    parser.add_argument("--images", type=int, nargs="+", default=sizes, help="(1010 101000)")
+    parser.add_argument("--start", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.start:
-        start(*options.start)
+        data_dir, folder, began = options.start
+        start(Path(data_dir), Path(folder), float(began))
         return
-    from training.sample.generate import draw_sample
-
     print(alternating.machine())
-    print(f"{'images':>10} {'listed (s)':>14} {'1st batch (s)':>14} {'peak (MB)':>14}")
+    print(f"{'images':>10} {'listed (s)':>14} {'1st batch (s)':>14} {'peak (MB)':>14}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         drawn = sorted(draw_sample(Path(folder) / "drawn").rglob("*.jpg"))[:500]
         for number in options.images:
             place = Path(folder) / str(number)
             make_tree(place, number, drawn)
-            again = [sys.executable, __file__, "--start", str(place), str(place / "run")]
+            again = [sys.executable, __file__, "--start", place, place / "run", str(time.time())]
             subprocess.run(again, check=True)
 
 

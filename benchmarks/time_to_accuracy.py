@@ -1,14 +1,13 @@
-"""How long until the test images are told apart this well, against the usual loop?
+"""How long until this share of the test images is classified correctly, against the usual loop?
 
     python benchmarks/time_to_accuracy.py --accuracy 0.9             on drawn plates
     python benchmarks/time_to_accuracy.py --accuracy 0.7 --data_dir FOLDER --weights FILE
 
 Both sides of training_speed.py train in turn, an epoch each, until each has reached the accuracy
-once or has done --epochs. Scoring the test images afterwards is the same for both and stands
-outside the clock; our own validation, which the usual loop has none of, stands inside.
+once or has done --epochs. Testing after each epoch is the same for both and is not timed; our own
+validation, which the usual loop lacks, is.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Protocol
 
 import alternating
-import torch
 import training_speed
 from torch import nn
 
@@ -27,8 +25,6 @@ from app.ml.predictor import TorchNetwork
 from app.ml.preprocessing import PreprocessConfig
 from training.data.splits import Split
 from training.release.release import predict_split
-
-CPU = torch.device("cpu")
 
 
 class Loop(Protocol):
@@ -53,18 +49,17 @@ class Side:
         self.epochs += 1
 
 
-def score(model: nn.Module, model_name: str, split: Split) -> float:
-    """The share of the images that the network names."""
-    recipe = PreprocessConfig(**backbone(model_name).preprocessing)
-    found = predict_split(TorchNetwork(model, model_name, CPU), split, recipe, 0, CPU)
+def accuracy_of(model: nn.Module, model_name: str, split: Split) -> float:
+    network = TorchNetwork(model, model_name, training_speed.CPU)
+    preprocessing = PreprocessConfig(**backbone(model_name).preprocessing)
+    found = predict_split(network, split, preprocessing, 0, training_speed.CPU)
     return float((found.logits.argmax(axis=1) == found.labels).mean())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    training_speed.add_data_flags(parser)
-    parser.add_argument("--accuracy", type=float, required=True)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = training_speed.make_parser(__doc__)
+    parser.add_argument("--accuracy", type=float, required=True, help="to reach, 0 to 1")
+    parser.add_argument("--epochs", type=int, default=10, help="at most (10)")
     options = parser.parse_args()
     print(alternating.machine())
     with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +73,7 @@ def main() -> None:
         ]:
             for side in waiting:
                 side.train()
-                accuracy = score(side.model(), config.model_name, data.test)
+                accuracy = accuracy_of(side.model(), config.model_name, data.test)
                 side.best = max(side.best, accuracy)
                 print(
                     f"{side.name:<6} epoch {side.epochs:>2}  {side.seconds:7.1f} s  "

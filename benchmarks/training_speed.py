@@ -1,17 +1,21 @@
-"""How fast is a training epoch, end to end, against the usual loop?
+"""How fast is a training epoch, end to end, against the usual loop, or against another checkout?
 
     python benchmarks/training_speed.py                        on drawn plates
     python benchmarks/training_speed.py --data_dir FOLDER --weights FILE
+    python benchmarks/training_speed.py --against ../earlier   a clone of an earlier commit
 
-The baseline is what most tutorials write: torchvision's transforms on PIL images, a DataLoader
-with its defaults, fp32, the first layers frozen by requires_grad=False alone. Both train
-MobileNetV2 (or --model_name) on the same images, batch 32, in turn, in one process. Each round is
-one epoch over --images images.
+The usual loop is what most tutorials write: torchvision's transforms on PIL images, a DataLoader
+with its defaults, fp32, the first layers frozen by requires_grad=False alone. Both sides train
+MobileNetV2 (or --model_name) on the same images, batch size 32, in turn, in one process. Each round
+is one epoch over --images images. Two checkouts run in a process each.
 """
 
 import argparse
 import copy
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +29,30 @@ from torchvision import transforms
 
 import train_model
 from app.ml.model import backbone, build_model, load_pretrained, split_model
+from app.ml.preprocessing import PreprocessConfig
 from training.compute.depthwise import float32_gradients
-from training.compute.devices import reuse_freed_memory
+from training.compute.devices import DTYPES, reuse_freed_memory
 from training.compute.distributed import Processes
-from training.compute.features import feature_sources
+from training.compute.features import FrozenPart, feature_sources
 from training.config import TrainingConfig
 from training.data.splits import FoodData, Split
-from training.run.resume import Keeper
+from training.run.checkpointer import Checkpointer
+from training.sample.generate import draw_sample
 
 CPU = torch.device("cpu")
+
+
+def augmentation(preprocessing: PreprocessConfig) -> transforms.Compose:
+    """Build the transforms of the usual loop: PIL image to standardized tensor."""
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(preprocessing.crop),
+            transforms.RandomHorizontalFlip(),
+            transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
 
 
 class PlainImages(Dataset):
@@ -54,17 +73,8 @@ class PlainLoop:
     """The usual loop; one call is one epoch."""
 
     def __init__(self, config: TrainingConfig, data: FoodData) -> None:
-        recipe = backbone(config.model_name).preprocessing
-        transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(recipe["crop"]),
-                transforms.RandomHorizontalFlip(),
-                transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
-                transforms.ToTensor(),
-                transforms.Normalize(recipe["mean"], recipe["std"]),
-            ]
-        )
-        images = PlainImages(data.train, transform)
+        preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
+        images = PlainImages(data.train, augmentation(preprocessing))
         self.loader = DataLoader(images, batch_size=config.batch_size, shuffle=True)
         self.model = build_model(config.model_name, len(data.class_to_idx))
         load_pretrained(self.model, config.model_name, config.weights)
@@ -93,26 +103,37 @@ class OurLoop:
     def __init__(
         self, config: TrainingConfig, data: FoodData, folder: Path, *, validates: bool = False
     ) -> None:
-        self.run, frozen = train_model.build_run(config, data, CPU)
-        self.source, self.val = feature_sources(
-            config, data, frozen, folder, CPU, Processes(), self.run.micro_batch
+        model, frozen, trained = train_model.load_model(
+            config, len(data.class_to_idx), pretrained=True
         )
-        self.keeper = Keeper(self.run, folder, Processes(), None)
+        self.run = train_model.build_run(config, data, model, trained, CPU)
+        self.frozen = FrozenPart(
+            frozen,
+            PreprocessConfig(**backbone(config.model_name).preprocessing),
+            CPU,
+            DTYPES[self.run.config.precision],
+            self.run.micro_batch,
+        )
+        self.train_batches, self.val_batches = feature_sources(
+            self.run.config, data, self.frozen, folder, Processes(), self.run.skipped
+        )
+        self.checkpointer = Checkpointer(self.run, folder, Processes(), None)
+        self.checkpointer.stop.close()  # Ctrl-C is Python's own here
         self.validates = validates
 
     def epoch(self) -> int:
-        run = self.run
+        run, alone = self.run, Processes()
         reuse_freed_memory()
-        with float32_gradients(run.trained, CPU, self.source.frozen.dtype):
-            train_model.train_epoch(run, run.trained, self.source, self.keeper, Processes())
+        with float32_gradients(run.trained, CPU, self.frozen.dtype):
+            train_model.train_epoch(run, run.trained, self.train_batches, self.checkpointer, alone)
         count = run.progress.count
         if self.validates:
-            train_model.validate_epoch(run, self.val, self.keeper, Processes())
+            train_model.validate_epoch(run, self.val_batches, self.checkpointer, alone)
         run.progress.finish_epoch({})
         return count
 
     def averaged(self) -> nn.Module:
-        """The network with the weights that would be released."""
+        """Return the network with the weights that would be released."""
         model = copy.deepcopy(self.run.model)
         config = self.run.config
         trained = split_model(model, config.model_name, int(config.freeze_layers))[1]
@@ -120,51 +141,104 @@ class OurLoop:
         return model
 
 
+class Checkout:
+    """The training epoch of a checkout, in a process of its own."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        script = Path(__file__).with_name("epochs_of_checkout.py")
+        self.process = subprocess.Popen(
+            [sys.executable, script, folder.resolve(), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def epoch(self) -> int:
+        assert self.process.stdin and self.process.stdout
+        print("epoch", file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.process.args[2]}: its benchmark failed, see above")
+        return int(answer)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
 def shorten(data: FoodData, images: int) -> FoodData:
-    """The same data with at most so many training images, of all classes."""
+    """Keep at most so many training images, of all classes."""
     chosen = np.random.default_rng(0).permutation(len(data.train))[:images]
     train = Split(tuple(data.train.paths[i] for i in chosen), data.train.labels[chosen])
     return FoodData(data.class_to_idx, train, data.val, data.test, data.notes, data.audit)
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data_dir", type=Path)
-    parser.add_argument("--weights", default="none")
-    parser.add_argument("--model_name", default="mobilenet_v2")
+def make_parser(doc: str | None, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark that trains."""
+    parser = alternating.make_parser(doc, rounds)
+    parser.add_argument("--data_dir", type=Path, help="images (default: the drawn sample)")
+    parser.add_argument("--weights", default="none", help="none, imagenet or a file (none)")
+    parser.add_argument("--model_name", default="mobilenet_v2", help="(mobilenet_v2)")
+    return parser
 
 
-def epoch_parser(doc: str) -> argparse.ArgumentParser:
-    """The flags of a benchmark whose rounds are epochs."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    add_data_flags(parser)
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=5)
+def epoch_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make the parser of a benchmark whose rounds are epochs."""
+    parser = make_parser(doc, rounds=5)
+    parser.add_argument("--images", type=int, default=320, help="in an epoch (320)")
     return parser
 
 
 def config_from(options: argparse.Namespace, folder: Path, **settings: Any) -> TrainingConfig:
-    place = {"data_dir": options.data_dir} if options.data_dir else {"sample": True}
+    """Build the settings of a run that keeps its files in a folder."""
     return TrainingConfig(
         model_name=options.model_name,
         weights=options.weights,
+        data_dir=options.data_dir or draw_sample(alternating.REPOSITORY / "data" / "sample"),
         checkpoint_dir=folder,
-        **{**place, **settings},
+        **settings,
     )
 
 
+def against_usual_loop(options: argparse.Namespace, views: int, folder: Path) -> None:
+    config = config_from(options, folder, cache_views=views)
+    data = shorten(train_model.load_data(config), options.images)
+    report(options, views, PlainLoop(config, data).epoch, OurLoop(config, data, folder).epoch)
+
+
+def against_checkout(options: argparse.Namespace, views: int, folder: Path) -> None:
+    config = config_from(options, folder)
+    flags = [f"--data_dir={config.data_dir}", f"--images={options.images}"]
+    flags += [f"--weights={config.weights}", f"--model_name={config.model_name}"]
+    sides = [
+        Checkout(path, str(views), *flags) for path in (options.against, alternating.REPOSITORY)
+    ]
+    report(options, views, sides[0].epoch, sides[1].epoch)
+    for side in sides:
+        side.close()
+
+
+def report(
+    options: argparse.Namespace, views: int, baseline: Callable[[], int], ours: Callable[[], int]
+) -> None:
+    result = alternating.compare(baseline, ours, options.rounds)
+    name = f"{options.model_name}, {'cached views' if views else 'default'}"
+    alternating.report(name, "images/s", result)
+
+
 def main() -> None:
-    options = epoch_parser(__doc__).parse_args()
+    parser = epoch_parser(__doc__)
+    parser.add_argument("--against", type=Path, help="another checkout, in place of the usual loop")
+    options = parser.parse_args()
     print(alternating.machine())
-    print(f"{'images/s of a training epoch':<44} {'plain':>9} {'ours':>9}")
-    with tempfile.TemporaryDirectory() as folder:
-        for views in (0, 1):
-            config = config_from(options, Path(folder), cache_views=views)
-            data = shorten(train_model.load_data(config), options.images)
-            ours = OurLoop(config, data, Path(folder) / f"views-{views}")
-            plain = PlainLoop(config, data)
-            result = alternating.compare(plain.epoch, ours.epoch, options.rounds)
-            name = f"{options.model_name}, {'cached views' if views else 'default'}"
-            alternating.report(name, "images/s", result)
+    baseline, compare = "plain", against_usual_loop
+    if options.against:
+        baseline, compare = "against", against_checkout
+    alternating.report_header("images/s of a training epoch", baseline, "ours")
+    for views in (0, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            compare(options, views, Path(folder))
 
 
 if __name__ == "__main__":
