@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,10 @@ class OurLoop:
 class Checkout:
     """The training epoch of a checkout, in a process of its own."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
-        script = Path(__file__).with_name("epochs_of_checkout.py")
+    def __init__(self, checkout: Path, folder: Path, views: int, *flags: str) -> None:
+        self.checkout, script = checkout, Path(__file__).with_name("epochs_of_checkout.py")
         self.process = subprocess.Popen(
-            [sys.executable, script, folder.resolve(), *flags],
+            [sys.executable, script, checkout.resolve(), folder, str(views), *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -158,13 +159,12 @@ class Checkout:
         print("epoch", file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.process.args[2]}: its benchmark failed, see above")
+            raise SystemExit(f"the benchmark of {self.checkout} failed, see above")
         return int(answer)
 
     def close(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.process.kill()
+        self.process.wait()
 
 
 def shorten(data: FoodData, images: int) -> FoodData:
@@ -211,12 +211,11 @@ def against_checkout(options: argparse.Namespace, views: int, folder: Path) -> N
     config = config_from(options, folder)
     flags = [f"--data_dir={config.data_dir}", f"--images={options.images}"]
     flags += [f"--weights={config.weights}", f"--model_name={config.model_name}"]
-    sides = [
-        Checkout(path, str(views), *flags) for path in (options.against, alternating.REPOSITORY)
-    ]
-    report(options, views, sides[0].epoch, sides[1].epoch)
-    for side in sides:
-        side.close()
+    with (
+        closing(Checkout(options.against, folder / "against", views, *flags)) as theirs,
+        closing(Checkout(alternating.REPOSITORY, folder / "ours", views, *flags)) as ours,
+    ):
+        report(options, views, theirs.epoch, ours.epoch)
 
 
 def report(

@@ -6,8 +6,8 @@ Runs are trained one after the other. Each is killed with SIGKILL up to five tim
 random moments: in the middle of writing a checkpoint, the record or the model's files, in a
 training step, in validation, or at any time. Each time `--resume auto` continues it, until it ends.
 Its weights (SHA-256), metric history and learning rates must be those of the run that was left
-alone. A run is short (3 classes of drawn colors, MobileNetV2, 4 epochs) and saves every 0.3 s, not
-every 5 minutes. Linux and macOS; the exit code is 1 if anything was lost.
+alone. A run is short (3 classes of drawn colors, a small network, 4 epochs) and saves every 0.3 s,
+not every 5 minutes. Linux and macOS; the exit code is 1 if anything was lost.
 """
 
 import argparse
