@@ -269,6 +269,18 @@ def test_every_requirement_has_its_row() -> None:
     assert sorted(documented) == sorted(required)
 
 
+def test_every_door_leads_to_what_it_names() -> None:
+    """`NAME` in a cell of "which door" is in the file that the cell names."""
+    cells = [cell for row in table_rows(README, r"an? .*") for cell in row[1:]]
+    doors = [cell for cell in cells if "`backend/" in cell]
+    assert len(doors) > 8
+    for door in doors:
+        words = re.findall(r"`([^`]+)`", door)
+        (file,) = [word for word in words if "/" in word]
+        text = (REPOSITORY / file).read_text(encoding="utf-8")
+        assert [word for word in words if word != file and word not in text] == [], door
+
+
 def test_every_error_has_its_row() -> None:
     rows = table_rows(SERVING, r"\d{3}")
     assert sorted((int(row[0]), row[1].strip("`")) for row in rows) == sorted(
@@ -343,6 +355,18 @@ def test_no_path_of_one_machine_and_no_package_index_is_named(path: Path) -> Non
         re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\S*|\bpypi\.\w+|/simple/?\b", text)
         == []
     )
+
+
+BRITISH = re.compile(
+    r"\b(colour|grey|behaviour|neighbour|favour|centre|learnt|spelt|misspelt|mould)|"
+    r"\b(normal|recogn|optim|organ|initial|summar)is(e|ing|ation)|\d %"
+)
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.parent.name + "/" + path.name)
+def test_spelling_is_american(path: Path) -> None:
+    found = [match[0] for match in BRITISH.finditer(path.read_text(encoding="utf-8").lower())]
+    assert found == []
 
 
 def test_files_that_are_named_exist() -> None:
