@@ -146,7 +146,10 @@ HOSTILE: dict[str, tuple[tuple[int, ...], Callable[[], bytes]]] = {
         *((200,), lambda: encode(Image.new("CMYK", (6000, 4000)), "JPEG", progressive=True)),
     ),
     "64 Mpx progressive jpeg": (
-        *((413,), lambda: encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True)),
+        *((200,), lambda: encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True)),
+    ),
+    "144 Mpx progressive jpeg": (
+        *((413,), lambda: encode(Image.new("RGB", (12000, 12000)), "JPEG", progressive=True)),
     ),
 }
 NAMES = {

@@ -77,7 +77,11 @@ FLOORS = {
     | {"training.data", "training.compute", "training.run", "training.release"},
     "app.ml.machine": set(),
     "app.ml.model": set(),
-    "app.ml.preprocessing": set(),
+    "app.ml.containers": set(),
+    "app.ml.jpeg": {"app.ml.containers"},
+    "app.ml.heif": {"app.ml.containers"},
+    "app.ml.images": {"app.ml.containers", "app.ml.heif", "app.ml.jpeg"},
+    "app.ml.preprocessing": {"app.ml.containers", "app.ml.images"},
     "app.ml.durable": set(),
     "app.ml.artifacts": {"app.ml.durable", "app.ml.model", "app.ml.preprocessing"},
     "app.ml.predictor": {

@@ -1,0 +1,187 @@
+"""What the markers of a JPEG say about it: its cost, its metadata, and where its data ends."""
+
+import re
+import struct
+from typing import NamedTuple
+
+from app.ml.containers import (
+    FILLER,
+    PADDING,
+    Container,
+    ImageTooLargeError,
+    Probe,
+    UnreadableImageError,
+    find_orientation,
+    run_at_end,
+)
+
+MAX_SEGMENTS = 5_000  # 20 MB of metadata in the longest segments are 320
+MAX_SCANS = 100  # real files have at most 15
+MAX_TABLES = 1 << 16  # bytes in front of the pixels, metadata left out; real files have 1,000
+MAX_FILL = 1 << 14  # fill bytes in a row; the decoder reads a longer run again and again
+
+HOLE = bytes(PADDING)
+# Scan data holds no marker: its own 0xFF are followed by 0x00 or by the number of a restart.
+MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+SOI, EOI, SOS, DHT = 0xD8, 0xD9, 0xDA, 0xC4
+SEQUENTIAL = {0xC0, 0xC1}
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+FRAMES = set(range(0xC0, 0xD0)) - {DHT, 0xC8, 0xCC}
+TABLES = set(range(0xC0, 0xE0)) - {SOI, EOI, SOS}  # the frame, too
+JFIF, ADOBE = (0xE0, b"JFIF\0"), (0xEE, b"Adobe")  # they say which color model the data has
+EXIF = (0xE1, b"Exif\0\0")
+XMP = (0xE1, b"http://ns.adobe.com/xap/1.0/\0")
+ICC = (0xE2, b"ICC_PROFILE\0")
+
+
+class _Segment(NamedTuple):
+    marker: int
+    start: int
+    payload: memoryview
+
+
+class _Frame(NamedTuple):
+    """The frame's kind, and how many blocks of 8x8 samples each of its components has."""
+
+    marker: int
+    blocks: dict[int, int]
+
+
+def read_jpeg(data: bytes) -> Container:
+    """The first picture in the file, without its metadata and whatever follows it."""
+    segments = _segments(data)
+    first = next((i for i, segment in enumerate(segments) if segment.marker == SOS), None)
+    if first is None:
+        raise UnreadableImageError("the image is cut off or damaged at its start")
+    header, rest = segments[:first], segments[first:]
+    scans = [_components(segment) for segment in rest if segment.marker == SOS]
+    if len(scans) > MAX_SCANS:
+        raise ImageTooLargeError(f"the JPEG has {len(scans):,} scans; the limit is {MAX_SCANS}")
+    frame, head = _frame(header), _head(header)
+    several = frame.marker in PROGRESSIVE or len(scans[0]) < len(frame.blocks)
+    start, (end, closing) = rest[0].start, _end(data, rest, several)
+    scan_end = rest[1].start if len(rest) > 1 else end
+    if data.find(b"\xff" * MAX_FILL, start, end) >= 0:
+        raise UnreadableImageError("the image data is damaged: a part of it is filled up")
+    if not _zeros_may_be(frame, header, scans[0]) and data.find(HOLE, start, scan_end) >= 0:
+        raise UnreadableImageError("the image data is damaged: a part of it is missing")
+    place = len(head) + scan_end - start
+    return Container(
+        "JPEG",
+        b"".join([head, memoryview(data)[start:end], closing]),
+        orientation=_orientation(header),
+        profile=_profile(header),
+        coefficients=128 * sum(frame.blocks.values()) if several else 0,
+        scans=len(scans),
+        blocks=sum(frame.blocks.get(component, 0) for scan in scans for component in scan),
+        probe=Probe(place, place, FILLER * 4, shows=False),
+    )
+
+
+def _segments(data: bytes) -> list[_Segment]:
+    """All segments up to the picture's end; junk, fill bytes and scan data are stepped over."""
+    segments: list[_Segment] = []
+    position, in_scans, view = 2, False, memoryview(data)
+    while len(segments) < MAX_SEGMENTS:
+        match = MARKER.search(data, position)
+        if match is None:
+            return segments
+        marker, position = match[1][0], match.end()
+        in_scans |= marker == SOS
+        if marker not in (SOI, EOI):
+            position += max(2, int.from_bytes(view[position : position + 2], "big"))
+        segments.append(_Segment(marker, match.start(), view[match.end() + 2 : position]))
+        if in_scans and marker == EOI:
+            return segments
+    raise ImageTooLargeError(f"the JPEG has more than {MAX_SEGMENTS:,} segments")
+
+
+def _frame(header: list[_Segment]) -> _Frame:
+    frames = [segment for segment in header if segment.marker in FRAMES]
+    marker, _, payload = frames[-1]
+    _, height, width, count = struct.unpack_from(">BHHB", payload)
+    sampling = {
+        identity: (both >> 4, both & 15)
+        for identity, both, _ in struct.iter_unpack("BBB", payload[6 : 6 + 3 * count])
+    }
+    across, down = (max(factors) for factors in zip(*sampling.values(), strict=True))
+    units = -(-width // (8 * across)) * -(-height // (8 * down))
+    return _Frame(marker, {identity: units * h * v for identity, (h, v) in sampling.items()})
+
+
+def _components(scan: _Segment) -> dict[int, int]:
+    """The components in a scan, with the tables (DC in the upper 4 bits, AC in the lower)."""
+    count = scan.payload[0]
+    return dict(struct.iter_unpack("BB", scan.payload[1 : 1 + 2 * count]))
+
+
+def _head(header: list[_Segment]) -> bytes:
+    """The tables, the frame and the color model: all that decoding needs before the scans."""
+    kept = [
+        b"".join([bytes([0xFF, s.marker]), (len(s.payload) + 2).to_bytes(2, "big"), s.payload])
+        for s in header
+        if s.marker in TABLES or _is(s, JFIF) or _is(s, ADOBE)
+    ]
+    head = b"\xff\xd8" + b"".join(kept)
+    if len(head) > MAX_TABLES:
+        raise ImageTooLargeError(f"the JPEG has more than {MAX_TABLES:,} bytes of tables")
+    return head
+
+
+def _end(data: bytes, rest: list[_Segment], several: bool) -> tuple[int, bytes]:
+    """Where the picture's data ends, and what closes it there.
+
+    Padding in the place of the end marker is taken off: the decoder would take it for pixels, and
+    the probe tells whether any are missing. In several scans the decoder misses the marker itself.
+    """
+    if rest[-1].marker == EOI:
+        return rest[-1].start + 2, b""
+    padding = 0 if several else run_at_end(memoryview(data)[rest[-1].start :])
+    return (len(data) - padding + 4, b"\xff\xd9") if padding else (len(data), b"")
+
+
+def _zeros_may_be(frame: _Frame, header: list[_Segment], scan: dict[int, int]) -> bool:
+    """Whether an encoder can have written a long run of zeros into the scan.
+
+    Only if zeros stand for the end of a block, as in flat pictures with tables of their own. With
+    the usual tables they stand for 63 coefficients of -1 in each block.
+    """
+    if frame.marker not in SEQUENTIAL:
+        return True
+    codes = _zero_codes(header)
+    return all(codes.get(tables & 15, 0) & 15 == 0 for tables in scan.values())
+
+
+def _zero_codes(header: list[_Segment]) -> dict[int, int]:
+    """For each Huffman table of AC coefficients, the symbol whose code is all zeros: its first."""
+    codes = {}
+    for segment in header:
+        tables = segment.payload if segment.marker == DHT else b""
+        while len(tables) > 17:
+            if tables[0] >> 4:
+                codes[tables[0] & 15] = tables[17]
+            tables = tables[17 + sum(tables[1:17]) :]
+    return codes
+
+
+def _is(segment: _Segment, kind: tuple[int, bytes]) -> bool:
+    marker, name = kind
+    return segment.marker == marker and segment.payload[: len(name)] == name
+
+
+def _metadata(header: list[_Segment], kind: tuple[int, bytes]) -> list[bytes]:
+    """The contents of the segments of one kind, without its name."""
+    return [bytes(s.payload[len(kind[1]) :]) for s in header if _is(s, kind)]
+
+
+def _orientation(header: list[_Segment]) -> int:
+    xmp = _metadata(header, XMP)
+    return find_orientation(b"".join(_metadata(header, EXIF)), xmp[-1] if xmp else b"")
+
+
+def _profile(header: list[_Segment]) -> bytes | None:
+    """The profile's parts in their order, if none is missing (ICC.1, annex B.4)."""
+    parts = sorted(_metadata(header, ICC))
+    if not parts or any(len(part) < 2 for part in parts) or parts[0][1] != len(parts):
+        return None
+    return b"".join(part[2:] for part in parts)
