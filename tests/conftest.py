@@ -59,11 +59,12 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> "Outc
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     """On one thread, with a quick release, and with what the runs cost printed."""
+    from tests.support import standin
     from tests.support.short_runs import costs_said, one_thread, quick_release
 
     import train_model
 
     monkeypatch.setattr(train_model, "release_model", quick_release)
     caplog.set_level(logging.INFO)
-    with one_thread(), costs_said():
+    with standin.registered(), one_thread(), costs_said():
         yield

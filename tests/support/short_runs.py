@@ -31,7 +31,6 @@ long_only = pytest.mark.skipif(
     "NUTRILEARN_LONG_TESTS" not in os.environ,
     reason="takes a minute or more; set NUTRILEARN_LONG_TESTS=1 to run it",
 )
-standin.register()
 SECONDS = 400  # no process here takes so long unless it hangs
 EPOCHS = ("--epochs", "3")
 
@@ -118,7 +117,8 @@ def train(folder: Path, photos: Path, *more: str, tracking_uri: str | None = Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Progress, "add", noting)
         patch.setattr(MlflowMirror, "close", timed)
-        code = train_model.main(argv)
+        with standin.registered():
+            code = train_model.main(argv)
     ended = time.perf_counter()
     cost.seconds, cost.starts = cost.seconds + ended - began, cost.starts + 1
     if code > 128 and SENT[-1] > began:

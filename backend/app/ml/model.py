@@ -103,7 +103,7 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
 def _download(model_name: str) -> State:
     try:
         return BACKBONES[model_name].imagenet()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError) as error:
         raise WeightsError(
             f"the ImageNet weights of {model_name} are not available ({error}). Options: connect "
             "to the internet once (they are kept for later runs); pass a file with --weights PATH; "
