@@ -17,6 +17,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from app.main import create_app
 from app.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "a-token-of-sixteen-or-more"
 ANSWERS = {200, 400, 413, 415, 422}
 

@@ -60,6 +60,7 @@ def undrawn(tensor: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
     return tensor
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(name=st.sampled_from(list(BACKBONES)), num_classes=st.integers(1, 5000))
 def test_property_1_head_is_as_wide_as_there_are_classes(name: str, num_classes: int) -> None:
@@ -96,6 +97,7 @@ PLAIN: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @every_backbone
 def test_the_state_dict_loads_into_the_plain_library_network(name: str) -> None:
     """Also behind the cut: freezing and splitting must leave no trace in the names."""
@@ -111,6 +113,7 @@ def test_the_state_dict_loads_into_the_plain_library_network(name: str) -> None:
 # Frozen and trained part ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @every_backbone
 def test_both_parts_are_the_whole_network_wherever_it_is_cut(name: str) -> None:
     model = lived_in(name)

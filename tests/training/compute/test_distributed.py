@@ -17,6 +17,8 @@ from torch import nn
 from training.compute import distributed
 from training.compute.distributed import synced_batch_norm
 
+pytestmark = pytest.mark.slow
+
 SHARES = [(3, 3), (4, 3), (2, 0)]  # even, odd, one has none
 
 
