@@ -1,6 +1,7 @@
 """Syncing MLflow with a record: everything arrives, once, where people look for it."""
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -121,7 +122,7 @@ def test_a_finished_run_is_mirrored_whole_and_only_once(store: str, tmp_path: Pa
 
 @pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # MLflow's own
 def test_a_registered_version_is_loaded_by_its_name(
-    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     import mlflow
     import onnx
@@ -139,7 +140,11 @@ def test_a_registered_version_is_loaded_by_its_name(
     files[1].write_text("weights")
     ended(record, files=files, model={"name": "nutrilearn-food", "version": 7, "files": files})
     bring_in_sync(run_dir)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    # MLflow remembers for the whole process what another test has told it.
+    for name in ("tracking", "registry"):
+        before = getattr(mlflow, f"get_{name}_uri")()
+        request.addfinalizer(functools.partial(getattr(mlflow, f"set_{name}_uri"), before))
+        getattr(mlflow, f"set_{name}_uri")(store)
     loaded = mlflow.pyfunc.load_model("models:/nutrilearn-food/1")
     images = np.full((2, 3, 8, 8), 0.5, np.float32)
     assert loaded.predict(images)["y"].ravel() == pytest.approx([0.5] * 6)
