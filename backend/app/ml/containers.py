@@ -60,22 +60,22 @@ class Probe:
 class Container:
     """A picture's file as far as it can be understood without decoding.
 
-    data: what the decoder gets, without metadata. coded_pixels: those that an AVIF has coded, where
-    they may be more than it shows. orientation and profile (ICC): None where the decoder tells
-    them. pixel_bytes: memory that decoding takes at its peak, a pixel. coefficients:
-    bytes in which a JPEG of several scans is held. blocks: of 8x8 samples, in all its scans.
+    data: what the decoder gets, without metadata. orientation and profile (ICC): None where the
+    decoder tells them. pixel_bytes: memory that decoding takes at its peak, a pixel. coded_pixels:
+    those that an AVIF has coded, which may be more than it shows. coefficients: bytes in which a
+    JPEG of several scans is held. work: blocks of 8x8 samples that its scans go through.
     clear_color: the PNG color that counts as transparent, in the file's own `depth` of bits.
     """
 
     format: str
     data: bytes
-    coded_pixels: int = 0
     orientation: int | None = None
     profile: bytes | None = None
     pixel_bytes: float = 8
+    coded_pixels: int = 0
     coefficients: int = 0
     scans: int = 1
-    blocks: int = 0
+    work: int = 0
     clear_color: tuple[int, ...] | None = None
     depth: int = 8
     probe: Probe | None = None
@@ -153,7 +153,7 @@ def read_png(data: bytes) -> Container:
         b"".join([PNG_MAGIC, *itertools.chain(*parts)]),
         orientation=_png_orientation(chunks),
         profile=_inflate(bytes(chunks.get(b"iCCP", b"")).partition(b"\0")[2][1:], MAX_PROFILE),
-        pixel_bytes=12 if clear or color == GRAY_ALPHA else 8,
+        pixel_bytes=(16 if by_color else 12) if clear or color == GRAY_ALPHA else 8,
         clear_color=struct.unpack_from(f">{channels}H", clear) if by_color else None,
         depth=depth,
     )
@@ -187,7 +187,7 @@ def _png_chunks(data: bytes) -> tuple[dict[bytes, memoryview], list[memoryview],
         elif name in TEXTS:
             chunks.update((key, body) for key in (XMP, EXIF_AS_TEXT) if body[: len(key)] == key)
         else:
-            chunks[name] = body
+            chunks.setdefault(name, body)
     raise ImageTooLargeError(f"the PNG has more than {MAX_CHUNKS:,} chunks")
 
 

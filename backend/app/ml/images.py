@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageFile
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from torchvision.io import ImageReadMode, decode_png
 
 from app.ml.containers import (
     MAX_PROFILE,
@@ -76,16 +75,17 @@ ImageSource = str | os.PathLike[str] | bytes | Image.Image
 class Limits:
     """What one picture may cost; what would cost more is refused before it is decoded.
 
-    memory: bytes that decoding takes at its peak. blocks: of 8x8 samples that the scans of a JPEG
-    go through; a core does 50 million a second.
+    memory: bytes that decoding takes at its peak. work: blocks of 8x8 samples that the scans of a
+    JPEG go through; a core does some 40 million a second. Other formats are decoded once, in a
+    time that follows from their memory.
     """
 
     memory: int
-    blocks: int
+    work: int
 
 
-SERVING_LIMITS = Limits(memory=296 << 20, blocks=40_000_000)
-TRAINING_LIMITS = Limits(memory=2 << 30, blocks=400_000_000)
+SERVING_LIMITS = Limits(memory=296 << 20, work=30_000_000)
+TRAINING_LIMITS = Limits(memory=2 << 30, work=300_000_000)
 
 
 def load_image(source: ImageSource, limits: Limits = SERVING_LIMITS) -> Image.Image:
@@ -156,10 +156,10 @@ def _decode(container: Container, limits: Limits) -> Image.Image:
     pixels = max(image.width * image.height, container.coded_pixels)
     memory = max(container.coefficients + 4 * pixels, container.pixel_bytes * pixels)
     _check_cost(size, memory + len(container.data), limits)
-    if container.blocks > limits.blocks:
+    if container.work > limits.work:
         raise ImageTooLargeError(
-            f"the image is {size[0]}x{size[1]} in {container.scans} scans, which is "
-            f"{container.blocks:,} blocks to decode; the limit is {limits.blocks:,}"
+            f"the image is {size[0]}x{size[1]} in {container.scans} scans, which takes as long as "
+            f"{container.work:,} blocks; the limit is {limits.work:,}"
         )
     try:
         ends_early = _load(image, container)
@@ -343,16 +343,22 @@ _cached_transform = lru_cache(maxsize=16)(_transform)  # the photos of one phone
 
 
 def _lay_on_white(image: Image.Image, container: Container) -> Image.Image:
-    """Pixels of the one clear color become white; Pillow looks at 8 bits only."""
+    """The picture with the pixels of its one clear color white."""
     color, depth = np.array(container.clear_color), container.depth
-    if depth < 8:
-        color = color * 255 // (2**depth - 1)
-    if depth == 16 and image.mode == "RGB":
-        data = torch.frombuffer(bytearray(container.data), dtype=torch.uint8)
-        values = decode_png(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    if depth == 16 and image.mode == "RGB":  # decoded are the upper 8 bits alone
+        lower = PngImageFile(io.BytesIO(container.data))
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+        clear = _has_color(image, color >> 8) & _has_color(lower, color & 255)
+    elif depth == 16:
+        clear = _has_color(image, color)
     else:
-        values = np.asarray(image if image.mode != "1" else image.convert("L"))
-    clear = (values.reshape(image.height, image.width, -1) == color).all(-1)
+        image = image.convert("L") if image.mode == "1" else image
+        clear = _has_color(image, color * 255 // (2**depth - 1))
     image = _to_rgb(image)
     image.paste("white", mask=Image.fromarray(clear))
     return image
+
+
+def _has_color(image: Image.Image, color: NDArray[np.int_]) -> NDArray[np.bool_]:
+    """For each pixel, whether it has this color: shape (height, width)."""
+    return (np.asarray(image).reshape(image.height, image.width, -1) == color).all(-1)
