@@ -209,7 +209,7 @@ def test_small_classes_that_are_asked_for_or_many_are_an_error(tmp_path: Path) -
     root = write_tree(tmp_path / "few", few)
     assert len(load_food_data(root).class_to_idx) == 20
     with pytest.raises(DataError, match=r"too few training images in naan \(1\)"):
-        load_food_data(root, classes=["naan", "dish_001", "dish_002"])
+        load_food_data(root, classes=[*few])
     many = write_tree(tmp_path / "many", {f"dish_{i:03}": 2 + i % 2 for i in range(40)})
     with pytest.raises(DataError, match="too few training images") as caught:
         load_food_data(many)
