@@ -39,7 +39,15 @@ IMAGE_START = re.compile(
 ENDING = re.compile(r"\.(?!\d+$)[a-z0-9]{1,5}", re.ASCII)
 
 # Errors of one file or folder; others mean that its disk has gone.
-OF_ONE_ENTRY = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES, errno.EPERM}
+OF_ONE_ENTRY = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+}
 
 JOINERS = "\u200c\u200d"  # invisible, and part of Persian and Indic words and of emoji
 
@@ -49,7 +57,7 @@ class Audit:
     """What to tell about the data, collected while it is listed.
 
     notes: lines to print. skipped: path and reason of each picture and folder that is not used.
-    other_files: how many files of each ending are no pictures.
+    other_files: their number by ending.
     """
 
     notes: list[str] = field(default_factory=list)
@@ -99,8 +107,8 @@ def join_names(names: Iterable[str], limit: int = 10) -> str:
 def normalize_class_name(name: str) -> str:
     """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left.
 
-    Invisible characters are dropped, except for joiners within a word. A name never begins with
-    what makes a spreadsheet compute it.
+    Invisible characters are dropped, except for joiners within a word. A name never begins like a
+    formula of a spreadsheet.
     """
     visible = "".join(c for c in name if c in JOINERS or unicodedata.category(c) != "Cf")
     # Unicode 3.13 D145 folds between two normalizations; otherwise a second call changes more.
@@ -117,7 +125,7 @@ def list_folder(folder: Path) -> list["os.DirEntry[str]"]:
 
 
 def is_folder(entry: "os.DirEntry[str]") -> bool:
-    """Whether an entry is a folder or a link to one; a link that leads nowhere is neither."""
+    """Return whether an entry is a folder or a link to one; a dead link is neither."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -145,7 +153,7 @@ def is_unread_picture(name: str) -> bool:
 
 
 def is_image(entry: "os.DirEntry[str]") -> bool:
-    """Whether a file is one that is read: by its ending or, where it has none, by its content."""
+    """Return whether a file is read: by its ending or, where it has none, by its content."""
     ending = ending_of(entry.name)
     return ending in IMAGE_EXTENSIONS or (not ending and _starts_as_image(entry))
 
@@ -224,11 +232,10 @@ def class_folders(root: Path, audit: Audit) -> dict[str, list[Path]]:
     """
     folders = defaultdict(list)
     found = list_subfolders(root)
-    if unfit := {name: point for name in found if (point := _unfit_character(name))}:
-        spelled = ", ".join(f"{name!r} (U+{ord(point):04X})" for name, point in unfit.items())
+    if unfit := [f"{name!r} (U+{ord(c):04X})" for name in found for c in _unfit_in(name)[:1]]:
         raise DataError(
-            f"{root} has class folders whose names hold characters that are not text: {spelled}; "
-            "rename them"
+            f"{root} has class folders whose names hold characters that are not text: "
+            f"{', '.join(unfit)}; rename them"
         )
     for name, folder in found.items():
         folders[normalize_class_name(name)].append(folder)
@@ -239,9 +246,9 @@ def class_folders(root: Path, audit: Audit) -> dict[str, list[Path]]:
     return dict(folders)
 
 
-def _unfit_character(name: str) -> str:
-    """Return the first control character or half of a surrogate pair: no JSON reader takes it."""
-    return next((c for c in name if unicodedata.category(c) in ("Cc", "Cs")), "")
+def _unfit_in(name: str) -> list[str]:
+    """Return the control characters and halves of surrogate pairs: few JSON readers take them."""
+    return [c for c in name if unicodedata.category(c) in ("Cc", "Cs")]
 
 
 def images_by_class(root: Path, audit: Audit) -> ImagesByClass:

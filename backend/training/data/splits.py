@@ -91,20 +91,13 @@ def load_food_data(
     record: dict[str, Any] = {
         "source": source.name,
         "seed": seed,
-        "counts": {
-            c: {split: len(parts[split].get(c, ())) for split in parts} for c in class_to_idx
-        },
+        "counts": {name: {s: len(parts[s].get(name, ())) for s in parts} for name in class_to_idx},
         "skipped": audit.skipped,
         "duplicates": find_duplicates(splits),
-        "custom": [
-            {"class": name, "images": len(custom[name]), "joins": len(source.train.get(name, ()))}
-            for name in sorted(custom)
-        ],
+        "custom": _describe_merge(source, custom),
     }
-    notes = [*audit.notes, *_describe(record), *audit.describe_skipped()]
-    return FoodData(
-        class_to_idx, **splits, notes=notes + _merge_table(record["custom"]), audit=record
-    )
+    notes = [*audit.notes, *_describe(record), *audit.describe_skipped(), *_merge_table(record)]
+    return FoodData(class_to_idx, **splits, notes=notes, audit=record)
 
 
 def build_class_to_idx(base: Iterable[str], custom: Iterable[str]) -> dict[str, int]:
@@ -365,8 +358,15 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _merge_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    if not rows:
+def _describe_merge(source: Source, custom: ImagesByClass) -> list[dict[str, Any]]:
+    return [
+        {"class": name, "images": len(custom[name]), "joins": len(source.train.get(name, ()))}
+        for name in sorted(custom)
+    ]
+
+
+def _merge_table(record: Mapping[str, Any]) -> list[str]:
+    if not (rows := record["custom"]):
         return []
     width = max(len("Custom class"), *(len(row["class"]) for row in rows))
     lines = [f"{'Custom class':<{width}}  images"]
