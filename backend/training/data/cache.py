@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from app.ml.preprocessing import load_image
+from app.ml.preprocessing import TRAINING_LIMITS, load_image
 
 SHORT_SIDE = 256
 JPEG_QUALITY = 90
@@ -105,7 +105,7 @@ def _read_entry(entry: Path) -> bytes | None:
 
 
 def _make_entry(path: str) -> bytes:
-    image = load_image(path)
+    image = load_image(path, TRAINING_LIMITS)
     scale = SHORT_SIDE / min(image.size)
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))

@@ -27,7 +27,7 @@ SERVICE_NAME = re.compile(
     re.IGNORECASE,
 )
 UNREAD_PICTURE = re.compile(
-    r"\.(hei[cf]|hif|avifs|jxl|jp2|j2k|jpx|tiff?|bmp|dib|ico|tga|svg|psd|dng|cr[23w]|nef|nrw|arw"
+    r"\.(jxl|jp2|j2k|jpx|tiff?|bmp|dib|ico|tga|svg|psd|dng|cr[23w]|nef|nrw|arw"
     r"|srf|sr2|orf|rw2|raf|pef|raw|rwl|srw|x3f|3fr|iiq|kdc|dcr)"
 )
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")

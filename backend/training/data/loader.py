@@ -23,7 +23,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from app.ml.machine import free_shared_memory, num_cores
-from app.ml.preprocessing import EvalTransform, ImageError, PreprocessConfig, load_image
+from app.ml.preprocessing import (
+    TRAINING_LIMITS,
+    EvalTransform,
+    ImageError,
+    PreprocessConfig,
+    load_image,
+)
 from training.data.augmentation import augment
 from training.data.cache import ImageCache
 from training.errors import DataError
@@ -148,7 +154,7 @@ class EvalImages(Images):
         self.transform = EvalTransform(config)
 
     def _read(self, key: SampleKey, path: str) -> Sample:
-        return Sample(key, self.transform(load_image(path)))
+        return Sample(key, self.transform(load_image(path, TRAINING_LIMITS)))
 
 
 class Patience:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.ml.machine import num_cores
-from app.ml.preprocessing import ImageError, load_image
+from app.ml.preprocessing import TRAINING_LIMITS, ImageError, load_image
 from training.data.folders import (
     Audit,
     ImagesByClass,
@@ -344,7 +344,7 @@ def _unreadable(paths: Sequence[str]) -> dict[str, str]:
 def _try_decoding(path: str) -> tuple[str, str]:
     """Return the path, and the reason why not or ""."""
     try:
-        load_image(path)
+        load_image(path, TRAINING_LIMITS)
     except ImageError as error:
         return path, str(error)
     except OSError as error:

@@ -13,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.ml.preprocessing import IMAGE_EXTENSIONS, UnreadableImageError, UnsupportedImageError
+from app.ml.preprocessing import (
+    IMAGE_EXTENSIONS,
+    ImageTooLargeError,
+    PreprocessConfig,
+    UnreadableImageError,
+    UnsupportedImageError,
+    load_image,
+)
 from training.data import cache as image_cache
 from training.data.cache import ImageCache
+from training.data.loader import EvalImages, SampleKey
 
 
 def write_photo(path: Path, width: int = 40, height: int = 30, seed: int = 0) -> str:
@@ -142,6 +150,16 @@ def test_where_nothing_can_be_added_what_is_there_is_read(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_picture_that_is_too_large_for_the_server_may_be_trained_on(tmp_path: Path) -> None:
+    photo = tmp_path / "screen.png"
+    Image.new("L", (12_000, 9_000)).save(photo)
+    with pytest.raises(ImageTooLargeError):
+        load_image(photo)
+    assert ImageCache(None).load(str(photo)).shape == (3, 256, 341)
+    config = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert EvalImages((str(photo),), config)[SampleKey(0, 0, 0)].problem is None
+
+
 def test_a_photo_whose_name_is_not_text(tmp_path: Path) -> None:
     photo = write_photo(tmp_path / os.fsdecode(b"caf\xe9.jpg"))
     cache = ImageCache(tmp_path / "cache")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from app.ml.preprocessing import PreprocessConfig
+from app.ml.preprocessing import Limits, PreprocessConfig
 from training.data import loader as loader_module
 from training.data.cache import ImageCache
 from training.data.loader import (
@@ -266,10 +266,10 @@ def test_a_disk_that_comes_back_costs_no_image(
     failures = iter([True, True])
     load = loader_module.load_image
 
-    def away_for_a_moment(path: str) -> Image.Image:
+    def away_for_a_moment(path: str, limits: Limits) -> Image.Image:
         if next(failures, False):
             raise OSError(code, os.strerror(code))
-        return load(path)
+        return load(path, limits)
 
     monkeypatch.setattr(loader_module, "load_image", away_for_a_moment)
     reader = eval_loader(dataset, CONFIG, 3, 0, CPU)

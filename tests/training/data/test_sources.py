@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from tests.support.photo_folders import (
     all_paths,
     counts,
@@ -236,6 +237,23 @@ def test_many_classes_and_files_are_listed_within_seconds(tmp_path: Path) -> Non
     data = load_food_data(tmp_path)
     assert len(data.class_to_idx) == 1_000 and counts(data) == (3_000, 1_000, 1_000)
     assert max(map(len, data.notes)) < 500
+
+
+@pytest.mark.parametrize("ending", [".HEIC", ".heif", ""])
+def test_photos_of_phones_are_read(tmp_path: Path, ending: str) -> None:
+    """HEIC, by its ending or, where an export dropped that, by its content."""
+    pillow_heif = pytest.importorskip("pillow_heif")
+    base = write_tree(tmp_path / "base", {"dal": 5, "naan": 5})
+    for i in range(5):
+        image = Image.new("RGB", (64, 48), (40 * i, 90, 20))
+        path = tmp_path / "custom" / "dosa" / f"IMG_{i}{ending}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pillow_heif.from_pillow(image).save(path)
+        path.with_name(f"IMG_{i}.MOV").write_bytes(b"a live photo's film")
+        path.with_name(f"IMG_{i}.AAE").write_bytes(b"its edits")
+    data = load_food_data(base, custom_data_dir=tmp_path / "custom")
+    assert data.audit["counts"]["dosa"] == {"train": 3, "val": 1, "test": 1}
+    assert "files that are not pictures: 5 .aae, 5 .mov" in data.notes
 
 
 # What is refused, and how ---------------------------------------------------------------------
@@ -493,7 +511,7 @@ def test_a_disk_that_fails_while_custom_images_are_checked(
 ) -> None:
     custom = write_tree(tmp_path / "custom", {"biryani": 6})
 
-    def fail(path: str) -> None:
+    def fail(path: str, _limits: object) -> None:
         raise OSError(errno.EIO, "Input/output error", path)
 
     monkeypatch.setattr(sources, "load_image", fail)
