@@ -167,8 +167,8 @@ class RequestBody:
         self.size = 0
         self.deadline = time.monotonic() + settings.upload_timeout_seconds
         headers = Headers(scope=scope)
-        declared = headers.get("content-length", "")
-        self.declared_size = int(declared[:18]) if declared.isdecimal() else 0
+        declared = headers.get("content-length", "")[:18]  # more digits are too large as well
+        self.declared_size = int(declared) if declared.isdecimal() else 0
         self.unread = self.declared_size > 0 or "transfer-encoding" in headers
         self.wanted = True  # until it has been read, or an answer has begun without it
 
