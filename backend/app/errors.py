@@ -126,9 +126,10 @@ async def _answer_nobody(request: Request, _: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    return error_response(
-        request.scope, CODE_OF_STATUS[error.status_code], error.detail, error.headers
-    )
+    headers = dict(error.headers or {})
+    if headers.get("Allow") == "GET":
+        headers["Allow"] = "GET, HEAD"  # which the middleware answers
+    return error_response(request.scope, CODE_OF_STATUS[error.status_code], error.detail, headers)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

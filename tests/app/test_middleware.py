@@ -107,6 +107,11 @@ def test_a_wrong_method_is_an_error_like_any_other(
     assert_error(client.request(method, path), 405, "method_not_allowed")
 
 
+def test_a_wrong_method_is_told_the_right_ones(client: TestClient) -> None:
+    assert client.post("/health").headers["allow"] == "GET, HEAD"
+    assert client.get("/api/v1/predict").headers["allow"] == "POST"
+
+
 @pytest.mark.parametrize("given", ["bytes=9999999-", "bytes=5-1", "apples=0-1", "bytes"])
 @pytest.mark.parametrize("path", ["/", "/static/style.css"])
 def test_a_bad_range_is_an_error_like_any_other(given: str, path: str, client: TestClient) -> None:
