@@ -26,6 +26,9 @@ from training.uris import without_password
 BACKEND = Path(__file__).resolve().parents[2]
 LOG_NAME = "mlflow.log"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"  # not an argument: other users see those
+# Without PYTHONPATH, which a colon in the path cuts, and without what is in the current folder.
+START = "import sys; sys.path[:] = [sys.argv[1], *filter(None, sys.path)]; "
+START += "from training.run.mlflow_mirror import mirror; mirror(sys.argv[2])"
 CLOSE_SECONDS = 9.5  # what a trainer waits at the end for its mirror
 FINAL_SECONDS = 60.0  # what the mirror allows itself once the trainer is gone
 POLL_SECONDS = 0.5
@@ -38,23 +41,21 @@ logger = logging.getLogger(__name__)
 class MlflowMirror:
     """The trainer's handle on the mirror process; `MlflowMirror()` mirrors nothing."""
 
-    def __init__(self, run_dir: Path | None = None, process: subprocess.Popen[bytes] | None = None):
-        self._run_dir = run_dir
-        self.process = process
+    def __init__(self, run_dir: Path | None = None, tracking_uri: str = "") -> None:
+        self._run_dir, self._uri = run_dir, tracking_uri
+        self.process: subprocess.Popen[bytes] | None = None
         self._log_start = _size(run_dir / LOG_NAME) if run_dir else 0
 
     @classmethod
     def launch(cls, run_dir: Path, tracking_uri: str) -> "MlflowMirror":
         """Start the process that follows the record, out of reach of the terminal's Ctrl-C."""
-        handle = cls(run_dir)
+        handle = cls(run_dir, tracking_uri)
         options: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             group, low = subprocess.CREATE_NEW_PROCESS_GROUP, subprocess.BELOW_NORMAL_PRIORITY_CLASS
             options = {"creationflags": group | low}
-        # A module, not a file: training/run must not become the first entry of sys.path.
-        command = [sys.executable, "-m", "training.run.mlflow_mirror", str(run_dir.resolve())]
-        path = os.pathsep.join(filter(None, [str(BACKEND), os.environ.get("PYTHONPATH")]))
-        options["env"] = {**os.environ, "PYTHONPATH": path, URI_VARIABLE: tracking_uri}
+        command = [sys.executable, "-c", START, str(BACKEND), str(run_dir.resolve())]
+        options["env"] = {**os.environ, URI_VARIABLE: tracking_uri}
         pipe = subprocess.PIPE
         try:
             with (run_dir / LOG_NAME).open("ab") as own_log:
@@ -76,7 +77,7 @@ class MlflowMirror:
         line = self._last_answer()
         if "out of sync" not in line:
             return line
-        command = sync_command(self._run_dir)
+        command = sync_command(self._run_dir, self._uri)
         return f"{line}; {RECORD_NAME} is the record; to catch up, run: {command}"
 
     def _last_answer(self) -> str:
@@ -102,11 +103,16 @@ class MlflowMirror:
         return ""
 
 
-def sync_command(run_dir: Path) -> str:
-    """The command that syncs this run later, to be pasted into the shell of this system."""
+def sync_command(run_dir: Path, tracking_uri: str) -> str:
+    """The command that syncs this run later, quoted for the shell of this system.
+
+    A URI that has a password is named, as the record does not keep that.
+    """
     is_script = Path(sys.argv[0]).name == "train_model.py"
     script = sys.argv[0] if is_script else "backend/train_model.py"
     words = ["python", script, "--sync_mlflow", str(run_dir)]
+    if (shown := without_password(tracking_uri)) != tracking_uri:
+        words += ["--tracking_uri", shown]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
@@ -160,7 +166,7 @@ def _log_to_stderr() -> None:
     logging.getLogger("training").setLevel(logging.DEBUG)
 
 
-def _main(run_dir: Path) -> None:
+def mirror(run_dir: str) -> None:
     """Run the mirror process, set up so that it neither dies early nor is in the way."""
     for name in IGNORED_SIGNALS:
         if number := getattr(signal, f"SIG{name}", None):
@@ -171,13 +177,9 @@ def _main(run_dir: Path) -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what MLflow prints belongs in the log
     try:
-        message = follow(run_dir, os.environ[URI_VARIABLE]).message
+        message = follow(Path(run_dir), os.environ[URI_VARIABLE]).message
     except (OSError, TrackingError) as error:
         message = out_of_sync(str(error)).message
     logger.info(message)
     with contextlib.suppress(BrokenPipeError):  # a trainer that was killed does not listen
         os.write(answer, message.encode())
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]))

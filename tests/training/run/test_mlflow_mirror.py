@@ -210,6 +210,18 @@ def test_a_mirror_that_dies_is_told(tmp_path: Path, launch: Launch) -> None:
     assert "its process ended with code -9" in str(mirror.close())
 
 
+def test_files_of_the_current_folder_are_not_taken_for_libraries(
+    store: str, tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "random.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path / "here")
+    run_dir = tmp_path / "run"
+    finished_run(run_dir, store)
+    launch(run_dir, store)
+    eventually(lambda: "MLflow is in sync" in (run_dir / "mlflow.log").read_text())
+
+
 def test_the_command_to_sync_later_can_be_pasted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,7 +248,7 @@ def test_no_password_is_seen_in_log_message_or_arguments(
     assert mirror.process and "hunter2" not in " ".join(map(str, mirror.process.args))
     eventually(lambda: "out of sync" in (run_dir / "mlflow.log").read_text())
     message = str(mirror.close())
-    assert "http://me:***@127.0.0.1:9" in message
+    assert message.count("http://me:***@127.0.0.1:9") == 2, "in the cause and in the command"
     for text in (message, (run_dir / "mlflow.log").read_text()):
         assert "hunter2" not in text and "to-ken" not in text
 
