@@ -6,6 +6,7 @@ released run, one that SIGTERM stopped in its third epoch, and the SQLite file t
 pictures of the report were left out. `answers.json` is what its predictor answered.
 """
 
+import functools
 import json
 import logging
 import shutil
@@ -136,7 +137,9 @@ def test_a_new_run_says_what_it_cannot_resume_and_is_released_beside_the_old_ver
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*")
-def test_the_mlflow_store_takes_new_runs_and_shows_the_old_ones(project: Path) -> None:
+def test_the_mlflow_store_takes_new_runs_and_shows_the_old_ones(
+    project: Path, request: pytest.FixtureRequest
+) -> None:
     """It stood at /example, which is not here any more, and moves in with its artifacts."""
     import mlflow
 
@@ -145,6 +148,7 @@ def test_the_mlflow_store_takes_new_runs_and_shows_the_old_ones(project: Path) -
     assert "/example/mlartifacts" in bring_in_sync(project / "checkpoints" / "new")
     for record in project.glob("checkpoints/mobilenet*/metrics.jsonl"):
         bring_in_sync(record.parent, store)
+    request.addfinalizer(functools.partial(mlflow.set_tracking_uri, mlflow.get_tracking_uri()))
     mlflow.set_tracking_uri(store)
     runs = mlflow.search_runs(experiment_names=[EXPERIMENT, "tests"], output_format="list")
     assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", "KILLED"]
