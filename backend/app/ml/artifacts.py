@@ -290,22 +290,29 @@ def new_version(output_dir: Path) -> Iterator[NewVersion]:
     Raises:
         SaveError: anything went wrong; the folder is as it was, and the cause is chained.
     """
+    with _release_lock(output_dir):
+        remove_leftovers(output_dir)
+        try:
+            staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=STAGING))
+            version = NewVersion(_next_number(output_dir), staging)
+            version.report_folder.mkdir()
+            yield version
+            _publish(version, output_dir)
+        finally:
+            remove_leftovers(output_dir)
+
+
+@contextmanager
+def _release_lock(output_dir: Path) -> Iterator[None]:
+    """Let one process at a time write to a folder, which is made if missing; explain failures."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with file_lock(output_dir / LOCK_NAME):
-            remove_leftovers(output_dir)
-            try:
-                staging = Path(tempfile.mkdtemp(dir=output_dir, prefix=STAGING))
-                version = NewVersion(_next_number(output_dir), staging)
-                version.report_folder.mkdir()
-                yield version
-                _publish(version, output_dir)
-            finally:
-                remove_leftovers(output_dir)
-    except (OSError, RuntimeError, ValueError, MemoryError) as error:
+            yield
+    except (OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
         raise SaveError(
-            f"the model could not be saved in {output_dir}: {_in_one_line(error)}; the versions "
-            "that were there are untouched"
+            f"the model could not be saved in {output_dir}: {_in_one_line(error)}; "
+            "earlier versions are untouched"
         ) from error
 
 
@@ -408,8 +415,11 @@ def make_current(output_dir: Path, record: ModelRecord) -> None:
     """Finish a release that was interrupted when its version was complete.
 
     Tidies up, and makes the version the current one if it is the newest.
+
+    Raises:
+        SaveError: the files cannot be written.
     """
-    with file_lock(output_dir / LOCK_NAME):
+    with _release_lock(output_dir):
         remove_leftovers(output_dir)
         if record.version == list_versions(output_dir)[-1]:
             for name, data in _current_files(record).items():

@@ -4,7 +4,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -313,9 +313,7 @@ def predict_split(
                 logits.append(outputs[0])
                 pooled.append(outputs[1])
     if not indices:
-        raise SaveError(
-            f"none of {len(split)} images can be read, e.g. {split.paths[0]}; put them back"
-        )
+        raise _nothing_read(split.paths)
     order = torch.cat(indices).numpy()
     return Predictions(
         paths=[split.paths[i] for i in order],
@@ -335,7 +333,14 @@ def some_of_each(split: Split) -> Split:
 
 def _read(paths: tuple[str, ...], config: PreprocessConfig) -> Tensor:
     loader = eval_loader(paths, config, len(paths), 0, torch.device("cpu"))
-    return next(iter(loader)).images
+    images = next(iter(loader)).images
+    if not len(images):
+        raise _nothing_read(paths)
+    return images
+
+
+def _nothing_read(paths: Sequence[str]) -> SaveError:
+    return SaveError(f"none of {len(paths)} images can be read, e.g. {paths[0]}; put them back")
 
 
 def library_versions() -> dict[str, str]:

@@ -37,6 +37,7 @@ from app.ml.artifacts import (
     SaveError,
     centroids_name,
     list_versions,
+    make_current,
     new_version,
     onnx_name,
     read_checked,
@@ -220,6 +221,7 @@ MOST_STEPS = 50  # a save has fewer, so that some of the cases go well
 ERRORS = [
     OSError(errno.ENOSPC, "No space left on device"),
     RuntimeError("other logits"),
+    ImportError("No module named 'onnx'"),
     MemoryError("std::bad_alloc"),
 ]
 
@@ -320,7 +322,13 @@ def test_two_processes_that_save_at_once_get_different_versions(tmp_path: Path) 
     processes = [
         subprocess.Popen([*command, me], stdout=subprocess.PIPE, text=True) for me in ("1", "2")
     ]
-    versions = [int(line) for p in processes for line in p.communicate(timeout=120)[0].split()]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    versions = [int(line) for lines in printed for line in lines.split()]
     assert sorted(versions) == list(range(1, 9))
     folder = tmp_path / "ml-models"
     assert list_versions(folder) == sorted(versions)
@@ -466,6 +474,32 @@ def test_a_reader_waits_out_the_moment_between_two_files(
 
     monkeypatch.setattr(artifacts.time, "sleep", next_moment)
     assert read_record(tmp_path).version == 1
+
+
+def test_an_interrupted_release_is_finished_or_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = save(tmp_path)
+    (tmp_path / CONFIG_NAME).unlink()
+    (tmp_path / CLASS_MAP_NAME).write_text("{}")
+    (tmp_path / f"{PUBLISHING}1").touch()
+    with monkeypatch.context() as patch, pytest.raises(SaveError, match="Read-only"):
+        read_only = OSError(errno.EROFS, "Read-only file system")
+        patch.setattr(os, "replace", Injected(1, read_only).wrap(os.replace, after=False))
+        make_current(tmp_path, record)
+    make_current(tmp_path, record)
+    assert loaded(tmp_path)[0] == record
+    assert not (tmp_path / f"{PUBLISHING}1").exists()
+
+
+def test_what_sync_clients_leave_is_not_taken_for_a_version(tmp_path: Path) -> None:
+    save(tmp_path)
+    copies = ("food_model_v1 (conflicted copy).json", f"{PUBLISHING}1 (conflicted copy)")
+    for name in copies:
+        (tmp_path / name).write_text("{}")
+    assert list_versions(tmp_path) == [1]
+    assert save(tmp_path).version == 2
+    assert all((tmp_path / name).exists() for name in copies)
 
 
 FILES = (weights_name(1), onnx_name(1), record_name(1), CONFIG_NAME, CLASS_MAP_NAME)

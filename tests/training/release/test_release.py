@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from app.ml.artifacts import SaveError, list_versions, read_record, released_fil
 from app.ml.model import build_model
 from app.ml.predictor import Runtime, load_model_for_inference
 from training.config import TrainingConfig
+from training.data.loader import eval_loader
 from training.data.splits import FoodData, load_food_data
 from training.errors import VerificationError
 from training.release import release
@@ -259,6 +261,24 @@ def test_images_that_are_gone_leave_nothing_to_test(
     with pytest.raises(SaveError, match=r"none of 9 images can be read, e\.g\. .*\.gone"):
         release_model(model, dataclasses.replace(data, test=gone), trained(), CPU)
     assert not (tmp_path / "models").exists()
+
+
+def test_images_that_go_before_the_check_are_named(
+    data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = FORMATS["torch"].export
+
+    def go(*values: Any) -> bytes | memoryview:
+        monkeypatch.setattr(release, "eval_loader", functools.partial(gone_loader, eval_loader))
+        return export(*values)
+
+    monkeypatch.setitem(FORMATS, "torch", dataclasses.replace(FORMATS["torch"], export=go))
+    with pytest.raises(SaveError, match=r"none of 9 images can be read, e\.g\. "):
+        release_model(model, data, trained(), CPU)
+
+
+def gone_loader(loader: Any, paths: Any, *values: Any) -> Any:
+    return loader(tuple(f"{path}.gone" for path in paths), *values)
 
 
 def test_centroids_are_of_a_bounded_number_of_images(
