@@ -23,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "backend"))
+
 from tests.support.runs import Outcome, Trap, arguments, draw_photos, outcome, start
 
 KILLS_PER_RUN = 5
