@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import logging
+import multiprocessing
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,16 @@ if TYPE_CHECKING:
     from tests.support.runs import Outcome
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def left_as_found() -> Iterator[None]:
+    """No test leaves a process behind, or a backbone that only tests have."""
+    before = set(multiprocessing.active_children())
+    yield
+    if model := sys.modules.get("app.ml.model"):
+        model.BACKBONES.pop("standin", None)
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,11 @@ BEFORE = Path(__file__).parent / "support" / "before"
 ANSWERS = json.loads((BEFORE / "answers.json").read_text())
 COLORS = {"green": (60, 170, 60), "red": (190, 60, 60), "sky": (70, 90, 200)}
 EXPERIMENT = "nutrilearn-food-training"
-standin.register()
+
+
+@pytest.fixture(autouse=True)
+def small_backbone() -> None:
+    standin.register()
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,11 @@ an epoch can be resumed at any batch, with any number of workers, and continues 
 An image that cannot be read is skipped and named; a disk that has gone ends the run.
 """
 
+import atexit
 import errno
 import functools
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -338,6 +340,17 @@ def fitting_workers(num_workers: int, batch_size: int, crop: int) -> int:
             free >> 20,
         )
     return fitting
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """End what an error's traceback kept alive: multiprocessing would wait for it for ever.
+
+    At its own exit it sends the daemons SIGTERM, which the workers ignore, and joins them.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:  # noqa: ARG001

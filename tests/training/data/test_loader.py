@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +32,7 @@ from training.data.loader import (
 )
 from training.errors import DataError
 
+BACKEND = Path(__file__).resolve().parents[3] / "backend"
 CPU = torch.device("cpu")
 CONFIG = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 at_least_100 = settings(max_examples=150, deadline=None)
@@ -295,3 +298,16 @@ def test_workers_are_only_as_many_as_shared_memory_has_room_for(
         monkeypatch.setattr(loader_module, "free_shared_memory", lambda free=free: free)
         assert fitting_workers(8, 32, 224) == fitting
         assert ("--shm-size" in caplog.text) == (fitting < 8)
+
+
+def test_a_process_ends_whatever_holds_its_readers(dataset: tuple[str, ...]) -> None:
+    """A traceback may; multiprocessing would wait for workers that ignore its SIGTERM."""
+    script = (
+        "import sys, torch\n"
+        "from app.ml.preprocessing import PreprocessConfig\n"
+        "from training.data.loader import eval_loader\n"
+        f"loader = eval_loader({dataset!r}, {CONFIG!r}, 1, 1, torch.device('cpu'))\n"
+        "held = iter(loader); next(held); sys.held = held, loader"
+    )
+    environment = os.environ | {"PYTHONPATH": str(BACKEND)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
