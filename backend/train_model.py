@@ -42,7 +42,6 @@ from app.ml.model import (
     load_pretrained,
     split_model,
 )
-from app.ml.preprocessing import PreprocessConfig
 from training.commands.cli import run_command_line
 from training.commands.console import ProgressBar, log_data, log_epoch, log_settings
 from training.compute.depthwise import float32_gradients
@@ -63,7 +62,7 @@ from training.data.splits import FoodData, load_food_data
 from training.errors import ConfigError, TrainingError
 from training.release.release import TrainingResult, release_model
 from training.run.checkpointer import Checkpointer
-from training.run.resume import find_checkpoint
+from training.run.resume import find_checkpoint, sizes_then
 from training.run.session import Session, check_folders, session
 from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
 from training.sample.generate import draw_sample
@@ -306,7 +305,7 @@ def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> Tr
     decay = automatic_decay if config.ema_decay == "on" else float(config.ema_decay)
     workers = config.num_workers
     return dataclasses.replace(
-        config,
+        config.with_sizes(config.sizes),
         precision=choose_precision(config.precision, device),
         num_workers=default_num_workers(device) if workers == "auto" else workers,
         ema_decay=decay,
@@ -346,7 +345,7 @@ def build_run(
             threshold=0,  # any lower loss counts, as it does for early stopping
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=config.precision == "fp16"),
-        early_stopping=EarlyStopping(config.early_stopping_patience),
+        early_stopping=EarlyStopping(config.early_stopping_patience, len(data.val)),
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         data_fingerprint=fingerprint(data),
         micro_batch=MicroBatch(config.batch_size),
@@ -386,6 +385,8 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     processes.from_main(lambda: check_folders(config))
     data = processes.from_main(lambda: load_data(config))
     checkpoint, data = processes.from_main(lambda: find_checkpoint(config, data))
+    if checkpoint:
+        config = config.with_sizes(sizes_then(checkpoint.state))
 
     model, frozen, trained = load_model(
         config, len(data.class_to_idx), pretrained=checkpoint is None
@@ -397,9 +398,8 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         run.restore(checkpoint.state)
     run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
 
-    preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
     frozen_part = FrozenPart(
-        frozen, preprocessing, device, DTYPES[run.config.precision], run.micro_batch
+        frozen, config.preprocessing, device, DTYPES[run.config.precision], run.micro_batch
     )
     train_batches, val_batches = feature_sources(
         run.config, data, frozen_part, run_dir, processes, run.skipped

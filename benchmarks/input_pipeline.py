@@ -17,8 +17,6 @@ from PIL import Image
 from training_speed import augmentation, config_from, make_parser
 
 import train_model
-from app.ml.model import backbone
-from app.ml.preprocessing import PreprocessConfig
 from training.compute.devices import reuse_freed_memory
 from training.data.augmentation import color_jitter
 from training.data.cache import ImageCache
@@ -36,10 +34,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = config_from(options, Path(folder))
         paths = train_model.load_data(config).train.paths[: options.images]
-        preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
+        preprocessing, crop = config.preprocessing, config.sizes["train_crop"]
         cache = ImageCache(Path(folder))
-        images = TrainImages(paths, cache, config.seed, preprocessing.crop, config.min_crop_scale)
-        transform = augmentation(preprocessing)
+        images = TrainImages(paths, cache, config.seed, crop, config.min_crop_scale)
+        transform = augmentation(preprocessing, crop)
 
         def plain() -> int:
             alternating.usual_memory()
@@ -53,7 +51,7 @@ def main() -> None:
             for start in range(0, len(paths), BATCH_SIZE):
                 numbers = range(start, min(start + BATCH_SIZE, len(paths)))
                 samples = [images[SampleKey(i, 0, i)] for i in numbers]
-                batch = collate(samples, preprocessing.crop)
+                batch = collate(samples, crop)
                 assert batch.color is not None
                 color_jitter(batch.images, batch.color, preprocessing)
             return len(paths)

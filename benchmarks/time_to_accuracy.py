@@ -20,9 +20,8 @@ import training_speed
 from torch import nn
 
 import train_model
-from app.ml.model import backbone
 from app.ml.predictor import TorchNetwork
-from app.ml.preprocessing import PreprocessConfig
+from training.config import TrainingConfig
 from training.data.splits import Split
 from training.release.release import predict_split
 
@@ -49,10 +48,9 @@ class Side:
         self.epochs += 1
 
 
-def accuracy_of(model: nn.Module, model_name: str, split: Split) -> float:
-    network = TorchNetwork(model, model_name, training_speed.CPU)
-    preprocessing = PreprocessConfig(**backbone(model_name).preprocessing)
-    found = predict_split(network, split, preprocessing, 0, training_speed.CPU)
+def accuracy_of(model: nn.Module, config: TrainingConfig, split: Split) -> float:
+    network = TorchNetwork(model, config.model_name, training_speed.CPU)
+    found = predict_split(network, split, config.preprocessing, 0, training_speed.CPU)
     return float((found.logits.argmax(axis=1) == found.labels).mean())
 
 
@@ -73,7 +71,7 @@ def main() -> None:
         ]:
             for side in waiting:
                 side.train()
-                accuracy = accuracy_of(side.model(), config.model_name, data.test)
+                accuracy = accuracy_of(side.model(), config, data.test)
                 side.best = max(side.best, accuracy)
                 print(
                     f"{side.name:<6} epoch {side.epochs:>2}  {side.seconds:7.1f} s  "

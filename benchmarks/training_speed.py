@@ -43,11 +43,11 @@ from training.sample.generate import draw_sample
 CPU = torch.device("cpu")
 
 
-def augmentation(preprocessing: PreprocessConfig) -> transforms.Compose:
+def augmentation(preprocessing: PreprocessConfig, crop: int) -> transforms.Compose:
     """Build the transforms of the usual loop: PIL image to standardized tensor."""
     return transforms.Compose(
         [
-            transforms.RandomResizedCrop(preprocessing.crop),
+            transforms.RandomResizedCrop(crop),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
             transforms.ToTensor(),
@@ -74,8 +74,8 @@ class PlainLoop:
     """The usual loop; one call is one epoch."""
 
     def __init__(self, config: TrainingConfig, data: FoodData) -> None:
-        preprocessing = PreprocessConfig(**backbone(config.model_name).preprocessing)
-        images = PlainImages(data.train, augmentation(preprocessing))
+        transform = augmentation(config.preprocessing, config.sizes["train_crop"])
+        images = PlainImages(data.train, transform)
         self.loader = DataLoader(images, batch_size=config.batch_size, shuffle=True)
         self.model = build_model(config.model_name, len(data.class_to_idx))
         load_pretrained(self.model, config.model_name, config.weights)
@@ -110,7 +110,7 @@ class OurLoop:
         self.run = train_model.build_run(config, data, model, trained, CPU)
         self.frozen = FrozenPart(
             frozen,
-            PreprocessConfig(**backbone(config.model_name).preprocessing),
+            config.preprocessing,
             CPU,
             DTYPES[self.run.config.precision],
             self.run.micro_batch,

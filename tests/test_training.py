@@ -1,6 +1,7 @@
 """Training end to end, with the real command line on tiny data: it learns, and it can be stopped
 anywhere and go on as if nothing had happened. `test_faults.py` has what may go wrong on the way."""
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -29,10 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_model
 from app.ml.artifacts import read_record
-from app.ml.model import build_model
+from app.ml.model import BACKBONES, build_model
 from training.compute import features
 from training.data import loader
-from training.data.loader import Images, Sample, SampleKey
+from training.data.loader import Batch, Images, Sample, SampleKey
 from training.run import checkpointer, checkpoints
 from training.run.checkpoints import load_checkpoint
 from training.run.state import Run
@@ -87,6 +88,33 @@ def test_the_averaged_weights_are_validated_and_released(tmp_path: Path, photos:
     weights = torch.load(tmp_path / "models" / "food_model_v1.pth", weights_only=True)
     assert torch.equal(weights["classifier.1.weight"], state["average"]["linear.weight"])
     assert not torch.equal(weights["classifier.1.weight"], state["model"]["classifier.1.weight"])
+
+
+def test_training_and_testing_have_their_own_picture_sizes(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With views that are kept, too; a resumed run has those that it began with."""
+    seen = set()
+    real = features.FrozenPart.__call__
+
+    def looking(part: features.FrozenPart, batch: Batch) -> torch.Tensor:
+        seen.add((batch.color is not None, batch.images.shape[-1]))
+        return real(part, batch)
+
+    def row_of(**sizes: int) -> None:
+        row = dataclasses.replace(BACKBONES["standin"], sizes=sizes)
+        monkeypatch.setitem(BACKBONES, "standin", row)
+
+    monkeypatch.setattr(features.FrozenPart, "__call__", looking)
+    row_of(train_crop=40, test_resize=64, test_crop=56)
+    for views in ("0", "1"):
+        seen.clear()
+        flags = ("--cache_views", views, "--epochs")
+        assert train(tmp_path / views, photos, *flags, "1") == 0
+        row_of(train_crop=32, test_resize=48, test_crop=48)
+        assert train(tmp_path / views, photos, *flags, "2", "--resume", "auto") == 0
+        row_of(train_crop=40, test_resize=64, test_crop=56)
+        assert seen >= {(True, 40), (False, 56)} and {side for _, side in seen} == {40, 56}
 
 
 # It goes on as if nothing had happened --------------------------------------------------------

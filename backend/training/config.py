@@ -8,12 +8,13 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from app.ml.model import BACKBONES
+from app.ml.model import BACKBONES, backbone, sizes_of
+from app.ml.preprocessing import PreprocessConfig
 from training.errors import ConfigError
 from training.uris import sqlite_uri, without_password
 
@@ -81,6 +82,7 @@ CLASSES = ValueType(
     "at least two class names with commas between them",
 )
 BACKBONE = ValueType(str, lambda v: v in BACKBONES, choice(*BACKBONES).allowed)
+SIDE = or_word(integer(32), "auto")
 SWITCH = ValueType(lambda text: text, lambda v: isinstance(v, bool), "no value: it is a switch")
 
 
@@ -164,6 +166,10 @@ class TrainingConfig:
     min_crop_scale: float = pinned(  # smallest area of a random crop, as a share of the picture
         "training", 0.25, number(0, 1), None)
     label_smoothing: float = pinned("training", 0.1, number(0, 1, from_low=True), None)
+    # Sides in pixels; auto: the backbone's own. A resumed run keeps those that it began with.
+    train_crop: int | str = pinned("training", "auto", SIDE, None)
+    test_resize: int | str = pinned("training", "auto", SIDE, None)  # short side before the crop
+    test_crop: int | str = pinned("training", "auto", SIDE, None)
 
     device: str = setting(
         "device", "auto", choice("auto", "cuda", "cpu", "mps"), "where to compute")
@@ -202,6 +208,23 @@ class TrainingConfig:
     def is_pretrained(self) -> bool:
         """Whether the network starts from weights that are worth protecting."""
         return self.weights != "none"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sides in pixels of pictures in training and in the test, by their settings."""
+        own = sizes_of(self.model_name)
+        asked = {name: getattr(self, name) for name in own}
+        return {name: own[name] if side == "auto" else side for name, side in asked.items()}
+
+    @property
+    def preprocessing(self) -> PreprocessConfig:
+        """How validation, the test and serving prepare a picture."""
+        sizes = {"resize": self.sizes["test_resize"], "crop": self.sizes["test_crop"]}
+        return PreprocessConfig(**{**backbone(self.model_name).preprocessing, **sizes})
+
+    def with_sizes(self, sizes: Mapping[str, Any]) -> "TrainingConfig":
+        """Replace the sides in pixels, see `sizes`."""
+        return dataclasses.replace(self, **sizes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return every value as JSON knows it."""

@@ -35,9 +35,10 @@ class StandIn(nn.Module):
 
 @contextlib.contextmanager
 def registered() -> Iterator[None]:
-    """Make it a backbone of this process for a while."""
+    """Make it a backbone of this process for a while; one that is there stays as it is."""
     had = NAME in BACKBONES
-    register()
+    if not had:
+        register()
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_model
+from app.ml.model import BACKBONES, sizes_of
 from training.config import (
     REPOSITORY,
     SWITCH,
@@ -276,6 +277,7 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir"}
     free |= {"custom_data_dir"}  # the list of images tells data apart
     recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
+    recipe |= {"train_crop", "test_resize", "test_crop"}
     assert exact.keys() == (FIELDS.keys() | recipe) - free
     assert TrainingConfig(classes=("a", "b")).to_dict()["classes"] == ["a", "b"]
 
@@ -285,6 +287,20 @@ def test_the_constants_of_the_recipe_are_no_flags(capsys: pytest.CaptureFixture[
         assert name in refused([f"--{name}=0.5"], capsys)
         with pytest.raises(ConfigError, match=f"--{name} -1: must be"):
             TrainingConfig(**{name: -1})
+
+
+def test_sizes_are_the_backbones_unless_they_are_given() -> None:
+    for name, row in BACKBONES.items():
+        config = TrainingConfig(model_name=name)
+        assert config.sizes == sizes_of(name)
+        assert config.preprocessing.crop == config.sizes["test_crop"]
+        assert config.preprocessing.mean == row.preprocessing["mean"]
+    given = TrainingConfig(train_crop=160, test_resize=250, test_crop=240)
+    assert given.sizes == {"train_crop": 160, "test_resize": 250, "test_crop": 240}
+    assert (given.preprocessing.resize, given.preprocessing.crop) == (250, 240)
+    assert given.with_sizes({"train_crop": 96}).sizes["train_crop"] == 96
+    with pytest.raises(ConfigError, match="--test_crop 0: must be"):
+        TrainingConfig(test_crop=0)
 
 
 def test_differences_are_said_in_words() -> None:

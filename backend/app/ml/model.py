@@ -7,7 +7,7 @@ project. Freezing, folding and precision are how a network is run, never what is
 import copy
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Backbone:
     head: dotted name of the classifying nn.Linear.
     preprocessing: fields of PreprocessConfig that its ImageNet weights were evaluated with.
     imagenet: loads the ImageNet state_dict, its head still 1,000 wide.
+    sizes: what a fine-tune does better with than the sizes of `preprocessing`, see `sizes_of`.
     """
 
     build: Callable[[int], nn.Module]
@@ -41,6 +42,7 @@ class Backbone:
     head: str
     preprocessing: dict[str, Any]
     imagenet: Callable[[], State]
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def build_model(model_name: str, num_classes: int) -> nn.Module:
@@ -67,6 +69,22 @@ def backbone(model_name: str) -> Backbone:
     if model_name not in BACKBONES:
         raise ValueError(f"unknown model {model_name!r}; known: {', '.join(BACKBONES)}")
     return BACKBONES[model_name]
+
+
+def sizes_of(model_name: str) -> dict[str, int]:
+    """Return the sides in pixels of a training crop and of a tested picture, by their settings.
+
+    A random crop makes things look larger than a center crop does, so a network sees them at one
+    size if it is tested on larger pictures than it was trained on (Touvron et al. 2019).
+    """
+    return {**imagenet_sizes_of(model_name), **backbone(model_name).sizes}
+
+
+def imagenet_sizes_of(model_name: str) -> dict[str, int]:
+    """Return the sizes of `preprocessing`, which training once used too."""
+    recipe = backbone(model_name).preprocessing
+    crop, resize = recipe["crop"], recipe["resize"]
+    return {"train_crop": crop, "test_resize": resize, "test_crop": crop}
 
 
 def head_linear(model: nn.Module, model_name: str) -> nn.Linear:

@@ -71,9 +71,9 @@ class FrozenPart:
     def __call__(self, batch: Batch) -> Tensor:
         return self.micro_batch.map(lambda part: self._features(batch, part), len(batch.images))
 
-    def output(self) -> tuple[torch.Size, torch.dtype]:
-        """Return the shape (C, H, W) and the dtype of one image's features."""
-        crop, none = self.config.crop, torch.zeros(1, dtype=torch.int64)
+    def output(self, crop: int) -> tuple[torch.Size, torch.dtype]:
+        """Return the shape (C, H, W) and the dtype of the features of one image of this side."""
+        none = torch.zeros(1, dtype=torch.int64)
         probe = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
         features = self(Batch(probe, None, none, none, []))
         return features.shape[1:], features.dtype
@@ -259,7 +259,7 @@ def feature_sources(
     skipped: dict[str, str],
 ) -> tuple[FeatureSource, FeatureSource]:
     """Build what training and validation are fed from; skipped collects unreadable images."""
-    crop, device = frozen.config.crop, frozen.device
+    train_crop, device = config.sizes["train_crop"], frozen.device
     share = {"rank": processes.rank, "world_size": processes.world_size}
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
     num_train, num_val, batch_size = len(data.train), len(data.val), config.batch_size
@@ -267,6 +267,7 @@ def feature_sources(
     train_store = open_store(
         run_dir / f"train-features-{processes.rank}.bin",
         (config.cache_views, num_train),
+        train_crop,
         frozen,
         processes,
     )
@@ -274,7 +275,7 @@ def feature_sources(
     # Shuffling deals the images of a batch out anew, so that each process stores all of them.
     reading = EpochSampler(num_train, batch_size) if train_store else train_order
     images = TrainImages(
-        data.train.paths, ImageCache(cache), config.seed, crop, config.min_crop_scale
+        data.train.paths, ImageCache(cache), config.seed, train_crop, config.min_crop_scale
     )
     train_loader = ImageLoader(
         images, reading, int(config.num_workers), device, skipped, workers_stay=not train_store
@@ -282,6 +283,7 @@ def feature_sources(
     val_store = open_store(
         run_dir / f"val-features-{processes.rank}.bin",
         (1, num_val),
+        frozen.config.crop,
         frozen,
         processes,
         max_bytes=MAX_VALIDATION_BYTES / processes.world_size,
@@ -298,20 +300,21 @@ def feature_sources(
 def open_store(
     path: Path,
     views_and_images: tuple[int, int],
+    crop: int,
     frozen: FrozenPart,
     processes: Processes,
     max_bytes: float = math.inf,
 ) -> "FeatureStore | None":
     """Reserve room for features; None, with a line that says why, where there is none.
 
-    All processes have a store, or none has.
+    crop: the side of the images. All processes have a store, or none has.
     """
     num_views, num_images = views_and_images
     if not num_views:
         return None
     store = None
     try:
-        shape, dtype = frozen.output()
+        shape, dtype = frozen.output(crop)
         num_bytes = num_views * num_images * shape.numel() * dtype.itemsize
         if num_bytes > max_bytes:
             raise OSError(

@@ -28,7 +28,6 @@ from app.ml.artifacts import (
     read_record,
     state_bytes,
 )
-from app.ml.model import backbone
 from app.ml.predictor import TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
@@ -140,7 +139,7 @@ def evaluate_model(
         SaveError: a split has no readable image, or memory is short.
     """
     model_name = result.config.model_name
-    preprocessing = PreprocessConfig(**backbone(model_name).preprocessing)
+    preprocessing = result.config.preprocessing
     network = TorchNetwork(model, model_name, device)
 
     def predicted(split: Split) -> Predictions:

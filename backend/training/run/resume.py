@@ -10,6 +10,7 @@ from typing import Any
 from filelock import Timeout
 
 from app.ml.durable import FolderError, file_lock, write_durably
+from app.ml.model import imagenet_sizes_of
 from training.config import TrainingConfig, differences
 from training.data.manifest import data_of_run, fingerprint, read_manifest, what_is_new
 from training.data.splits import FoodData
@@ -95,7 +96,14 @@ def _settings_of(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any
         settings["weights"] = config.weights
     elif settings["weights"] == config.weights:
         settings["weights"] += " with other content"
+    then = sizes_then(state)
+    settings |= {n: "auto" if getattr(config, n) == "auto" else side for n, side in then.items()}
     return settings
+
+
+def sizes_then(state: dict[str, Any]) -> dict[str, int]:
+    """The picture sizes of a checkpoint's run; earlier versions trained on those of ImageNet."""
+    return state.get("sizes") or imagenet_sizes_of(state["config"]["model_name"])
 
 
 def _same_weights(path: Path, then: str, sha256_then: str) -> bool:

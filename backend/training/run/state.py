@@ -78,25 +78,41 @@ class Progress:
 
 @dataclass
 class EarlyStopping:
-    """The one place that decides which epoch is the best and whether the run should end."""
+    """The one place that decides which epoch is the best and whether the run should end.
+
+    num_images: that accuracies are measured on; with 0, only equal accuracies are a tie.
+    """
 
     patience: int
+    num_images: int = 0
     best_epoch: int = 0
     best_acc: float = -1.0
     best_loss: float = math.inf
+    highest_acc: float = -1.0
     lowest_loss: float = math.inf
     epochs_without_lower_loss: int = 0
 
     def judge(self, epoch: int, val_loss: float, val_acc: float) -> bool:
-        """Take in an epoch; True if it is the best: highest accuracy, a tie to the lower loss."""
+        """Take in an epoch; True if it is the best: highest accuracy, a tie to the lower loss.
+
+        Accuracies within one standard error of the highest are a tie (Breiman et al. 1984): on 200
+        images that is 3 points, and which of ten epochs is the highest by less is luck.
+        """
         if val_loss < self.lowest_loss:
             self.lowest_loss, self.epochs_without_lower_loss = val_loss, 0
         else:
             self.epochs_without_lower_loss += 1
-        is_best = (val_acc, -val_loss) > (self.best_acc, -self.best_loss)
+        self.highest_acc = max(self.highest_acc, val_acc)
+        enough = self.highest_acc - self._standard_error()
+        is_best = val_acc >= enough and (val_loss < self.best_loss or self.best_acc < enough)
         if is_best:
             self.best_epoch, self.best_acc, self.best_loss = epoch, val_acc, val_loss
         return is_best
+
+    def _standard_error(self) -> float:
+        """Of the highest accuracy, a share of `num_images`."""
+        share = self.highest_acc
+        return math.sqrt(share * (1 - share) / self.num_images) if self.num_images else 0.0
 
     @property
     def should_stop(self) -> bool:
@@ -196,6 +212,7 @@ class Run:
             "name": self.name,
             "config": self.asked,
             "precision": self.config.precision,
+            "sizes": self.config.sizes,
             "weights_sha256": self.weights_sha256,
             "data_fingerprint": self.data_fingerprint,
             "skipped": self.skipped,
@@ -226,7 +243,11 @@ class Run:
         self.name, self.weights_sha256 = state["name"], state["weights_sha256"]
         self.progress = Progress(**state["progress"])
         self.early_stopping = EarlyStopping(
-            **{**state["early_stopping"], "patience": self.config.early_stopping_patience}
+            **{
+                "highest_acc": state["early_stopping"]["best_acc"],  # runs of earlier versions
+                **state["early_stopping"],
+                "patience": self.config.early_stopping_patience,
+            }
         )
         self.model.load_state_dict(state["model"])
         if self.average.decay:

@@ -69,7 +69,7 @@ def source(
     max_bytes: float = math.inf,
 ) -> FeatureSource:
     part, path = frozen(), folder / "store" / "train.bin"
-    store = open_store(path, (num_views, len(photos)), part, Processes(), max_bytes)
+    store = open_store(path, (num_views, len(photos)), 32, part, Processes(), max_bytes)
     order = EpochSampler(len(photos), 4, seed=seed)
     reading = EpochSampler(len(photos), 4) if store else order
     dataset = (

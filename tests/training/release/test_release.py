@@ -103,6 +103,19 @@ def test_a_release_is_whole(
     assert 0 <= record.metrics["test_balanced_accuracy"] <= 1
 
 
+def test_it_is_served_at_the_size_that_it_was_tested_at(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    config = trained().config.with_sizes({"train_crop": 32, "test_resize": 44, "test_crop": 40})
+    record = release_model(model, data, trained(config=config), CPU)
+    assert (record.preprocessing.resize, record.preprocessing.crop) == (44, 40)
+    for runtime in get_args(Runtime):
+        served = load_model_for_inference(tmp_path / "models", runtime=runtime)
+        pixels = served.preprocess(data.test.paths[0])
+        assert pixels.shape == (3, 40, 40)
+        assert served.logits(pixels.unsqueeze(0)).shape == (1, 3)
+
+
 def test_the_results_are_complete_and_agree_with_the_predictions(
     data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.training.run.test_state import make_run, same, tiny_data, train_steps
 
 import train_model
+from app.ml.model import BACKBONES
 from training.config import TrainingConfig
 from training.data.manifest import write_manifest
 from training.data.splits import FoodData, Split
@@ -35,7 +36,7 @@ from training.run.checkpoints import (
     save_checkpoint,
 )
 from training.run.resume import find_checkpoint as find
-from training.run.resume import locked, mark_finished
+from training.run.resume import locked, mark_finished, sizes_then
 from training.run.state import EarlyStopping, Progress
 
 
@@ -410,6 +411,32 @@ def test_the_precision_is_compared_by_what_it_meant(
         make_run(precision=word).restore(found.state)
         messages = [m for m in caplog.messages if "pass --precision bf16 to match" in m]
         assert len(messages) == said
+
+
+def test_a_resumed_run_keeps_the_sizes_of_its_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the backbone's own are by then; other ones that are asked for make another run."""
+    begun = {"train_crop": 192, "test_resize": 272, "test_crop": 256}
+    path = saved(tmp_path, age=1, **begun)
+    row = dataclasses.replace(BACKBONES["mobilenet_v2"], sizes={"train_crop": 160})
+    monkeypatch.setitem(BACKBONES, "mobilenet_v2", row)
+    for asked in ({}, begun, {"test_crop": 256}):
+        found = find_checkpoint(*resuming(tmp_path, str(path), **asked))
+        assert found is not None and sizes_then(found.state) == begun
+    with pytest.raises(CheckpointError, match="test_crop is 224, was 256"):
+        find_checkpoint(*resuming(tmp_path, str(path), test_crop=224))
+
+
+def test_a_run_from_before_there_were_sizes_has_those_of_imagenet(tmp_path: Path) -> None:
+    run, names = make_run(), ("train_crop", "test_resize", "test_crop")
+    then = run.state()
+    then = {**then, "config": {k: v for k, v in then["config"].items() if k not in names}}
+    del then["sizes"]
+    path = save_checkpoint(tmp_path / run.name, then)
+    found = find_checkpoint(*resuming(tmp_path, str(path)))
+    assert found is not None
+    assert sizes_then(found.state) == dict(zip(names, (224, 232, 224), strict=True))
 
 
 def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_path: Path) -> None:

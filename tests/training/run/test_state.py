@@ -149,6 +149,48 @@ def test_property_10_stopping_and_the_best_epoch_are_exactly_as_said(
         assert stopping.should_stop == (number - lowest_at >= patience)
 
 
+@settings(max_examples=200, deadline=None)
+@given(epochs=EPOCHS, num_images=st.integers(1, 2000))
+def test_accuracies_within_one_standard_error_are_a_tie(
+    epochs: list[tuple[float, float]], num_images: int
+) -> None:
+    """An epoch takes over with a lower loss, or where the best one is no longer near the top."""
+    stopping, best = EarlyStopping(9, num_images), 0
+    for number, (loss, accuracy) in enumerate(epochs, start=1):
+        is_best = stopping.judge(number, loss, accuracy)
+        highest = max(a for _, a in epochs[:number])
+        enough = highest - math.sqrt(highest * (1 - highest) / num_images)
+        was_loss, was_accuracy = epochs[best - 1] if best else (math.inf, -1.0)
+        takes_over = accuracy >= enough and (loss < was_loss or was_accuracy < enough)
+        assert is_best == takes_over
+        best = number if takes_over else best
+        assert (stopping.best_epoch, epochs[best - 1]) == (
+            best,
+            (stopping.best_loss, stopping.best_acc),
+        )
+        assert stopping.best_acc >= enough
+
+
+def test_on_200_images_a_point_is_chance_and_on_many_it_is_not() -> None:
+    for num_images, best in [(0, 2), (200, 3), (20_000, 2)]:
+        stopping = EarlyStopping(9, num_images)
+        for epoch, loss, accuracy in [(1, 0.9, 0.75), (2, 0.7, 0.80), (3, 0.6, 0.79)]:
+            stopping.judge(epoch, loss, accuracy)
+        assert stopping.best_epoch == best
+
+
+def test_a_run_of_an_earlier_version_keeps_its_exact_ties() -> None:
+    run = make_run()
+    run.early_stopping.judge(1, 0.5, 0.9)
+    then = run.state()
+    for name in ("num_images", "highest_acc"):
+        del then["early_stopping"][name]
+    later = make_run()
+    later.restore(then)
+    assert not later.early_stopping.judge(2, 0.4, 0.89)
+    assert later.early_stopping.judge(3, 0.6, 0.91)
+
+
 def test_random_layers_learn_at_the_rate_of_the_head() -> None:
     """A smaller rate protects what pretraining gave; without it there is nothing to protect."""
     for weights, share in (("imagenet", 0.2), ("none", 1.0)):
@@ -296,7 +338,7 @@ def test_a_resumed_run_may_have_another_patience() -> None:
     run.early_stopping.judge(2, 2.0, 0.5)
     later = make_run(early_stopping_patience=1)
     later.restore(run.state())
-    assert later.early_stopping == EarlyStopping(1, 1, 0.5, 1.0, 1.0, 1)
+    assert later.early_stopping == EarlyStopping(1, 3, 1, 0.5, 1.0, 0.5, 1.0, 1)
     assert later.is_done
 
 
