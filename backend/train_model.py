@@ -362,7 +362,7 @@ def load_data(config: TrainingConfig) -> FoodData:
         classes=config.classes,
         images_per_class=config.images_per_class,
         train_split=config.train_split,
-        seed=config.seed,
+        seed=config.seed if config.split_seed is None else config.split_seed,
     )
     log_data(data)
     return data

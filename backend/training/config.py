@@ -82,6 +82,7 @@ CLASSES = ValueType(
     "at least two class names with commas between them",
 )
 BACKBONE = ValueType(str, lambda v: v in BACKBONES, choice(*BACKBONES).allowed)
+SEED = integer(0, 2**64 - 1)
 SIDE = or_word(integer(32), "auto")
 SWITCH = ValueType(lambda text: text, lambda v: isinstance(v, bool), "no value: it is a switch")
 
@@ -158,7 +159,11 @@ class TrainingConfig:
         "decay of the moving average of the weights, which is validated and released (on: to suit "
         "the length of an epoch; 0: off)")
     seed: int = pinned(
-        "training", 42, integer(0, 2**64 - 1), "random seed")
+        "training", 42, SEED, "random seed")
+    runs: int = setting(
+        "training", 1, integer(1),
+        "train so many times, with a seed each, and release the mean of the weights")
+    split_seed: int | None = pinned("data", None, SEED, None)  # of the splits, if another one
 
     # The pretrained layers' learning rate relative to the head's; 1 where nothing is pretrained.
     backbone_lr_scale: float = pinned("training", 0.2, number(0), None)
@@ -236,6 +241,21 @@ class TrainingConfig:
         """Return the values on which every number of the run depends, as JSON knows them."""
         names = {field.name for field in dataclasses.fields(self) if field.metadata["pinned"]}
         return {name: value for name, value in self.to_dict().items() if name in names}
+
+
+def config_of_record(training: Mapping[str, Any]) -> TrainingConfig:
+    """Rebuild the settings that a model's record names; those it lacks are today's.
+
+    Raises:
+        ConfigError: a value that is no longer allowed.
+    """
+    parse: dict[ValueType, Callable[[Any], Any]] = {PATH: Path, CLASSES: tuple}
+    values = {
+        field.name: parse.get(field.metadata["type"], lambda value: value)(training[field.name])
+        for field in dataclasses.fields(TrainingConfig)
+        if training.get(field.name) is not None
+    }
+    return TrainingConfig(**values)
 
 
 def _to_json(value: Any) -> Any:

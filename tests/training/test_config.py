@@ -17,6 +17,7 @@ from training.config import (
     SWITCH,
     TrainingConfig,
     config_from_args,
+    config_of_record,
     differences,
     flag_fields,
     make_parser,
@@ -48,6 +49,7 @@ BAD: dict[str, list[str]] = {
     "early_stopping_patience": COUNT,
     "gradient_clip_max_norm": POSITIVE,
     "ema_decay": ["-0.1", "1", "nan", "off", ""],
+    "runs": COUNT,
     "seed": ["-1", "0.5", "lucky", "", str(2**64)],
     "device": ["gpu", "cuda:0", ""],
     "precision": ["fp64", "float32", ""],
@@ -79,6 +81,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "early_stopping_patience": {"1": 1},
     "gradient_clip_max_norm": {"5": 5.0},
     "ema_decay": {"0": 0.0, "on": "on", "0.99": 0.99},
+    "runs": {"3": 3},
     "seed": {"0": 0, str(2**64 - 1): 2**64 - 1},
     "device": {"cpu": "cpu"},
     "precision": {"bf16": "bf16"},
@@ -159,7 +162,10 @@ def test_a_flag_that_is_unknown_or_incomplete_is_named(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--predict", "x.jpg", "--compare", "v1", "v2"]],
+    [
+        ["--predict", "x.jpg", "--compare", "v1", "v2"],
+        ["--compare", "v1", "v2", "--average", "v1", "v2"],
+    ],
 )
 def test_what_does_not_go_together_starts_nothing(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -201,7 +207,7 @@ def test_the_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixtur
         if name in VALUED and not isinstance(field.default, (Path, type(None))):
             shown = "mlflow.db in the repository" if name == "tracking_uri" else str(field.default)
             assert f"default: {shown};" in text, name
-    for name in ("predict", "top_k", "model_version", "compare", "sync_mlflow"):
+    for name in ("predict", "top_k", "model_version", "compare", "average", "sync_mlflow"):
         assert f"--{name}" in text
 
 
@@ -274,10 +280,10 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     exact = TrainingConfig().exact_settings()
     free = {"epochs", "early_stopping_patience", "num_workers", "cache_images", "device"}
     free |= {"resume", "dry_run", "no_mlflow", "experiment_name", "tracking_uri", "data_dir"}
-    free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir"}
+    free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir", "runs"}
     free |= {"custom_data_dir"}  # the list of images tells data apart
     recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
-    recipe |= {"train_crop", "test_resize", "test_crop"}
+    recipe |= {"train_crop", "test_resize", "test_crop", "split_seed"}
     assert exact.keys() == (FIELDS.keys() | recipe) - free
     assert TrainingConfig(classes=("a", "b")).to_dict()["classes"] == ["a", "b"]
 
@@ -301,6 +307,14 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
     assert given.with_sizes({"train_crop": 96}).sizes["train_crop"] == 96
     with pytest.raises(ConfigError, match="--test_crop 0: must be"):
         TrainingConfig(test_crop=0)
+
+
+def test_a_models_record_gives_its_settings_back() -> None:
+    config = TrainingConfig(
+        classes=("a", "b"), custom_data_dir=Path("dishes"), seed=7, epochs=3, test_crop=240
+    )
+    assert config_of_record(config.to_dict()) == config
+    assert config_of_record({"epochs": 3, "recipe": "gone"}) == TrainingConfig(epochs=3)
 
 
 def test_differences_are_said_in_words() -> None:

@@ -14,6 +14,7 @@ from app.ml.artifacts import ArtifactError, ModelRecord, SaveError
 from app.ml.model import WeightsError
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import ImageError
+from training.commands.average import Train, average_versions, train_and_average
 from training.commands.compare import compare_versions
 from training.commands.console import log_release
 from training.commands.predict import predict_paths
@@ -37,7 +38,6 @@ KNOWN_ERRORS = (TrainingError, ArtifactError, WeightsError, ImageError, OSError)
 
 logger = logging.getLogger(__name__)
 
-Train = Callable[[TrainingConfig, str], ModelRecord | None]
 DryRun = Callable[[TrainingConfig, str], None]
 
 
@@ -93,9 +93,20 @@ def run_command(
         logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
     elif config.dry_run:
         dry_run(config, command)
-    elif released := train(config, command):
+    elif released := new_version(options, config, command, train):
         log_release(released, config)
     return 0
+
+
+def new_version(
+    options: argparse.Namespace, config: TrainingConfig, command: str, train: Train
+) -> ModelRecord | None:
+    """Release what the options ask for: a trained model, or the mean of several."""
+    if options.average:
+        return average_versions(config, options.average, command)
+    if config.runs > 1:
+        return train_and_average(train, config, command)
+    return train(config, command)
 
 
 def make_cli(description: str | None) -> argparse.ArgumentParser:
@@ -124,6 +135,13 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         help="how the second version differs from the first on the test images of both",
     )
     using.add_argument(
+        "--average",
+        nargs="+",
+        type=version_number,
+        metavar="VERSION",
+        help="make a version of the mean of the weights of those that make it better",
+    )
+    using.add_argument(
         *flag_names("sync_mlflow"),
         metavar="RUN_DIR",
         help="sync MLflow with a run's record (--tracking_uri: with this store)",
@@ -135,8 +153,9 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that are wrong in themselves or together."""
     if options.top_k < 1:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
-    if options.predict and options.compare:
-        raise ConfigError("--predict and --compare: one at a time")
+    asked = [f"--{n}" for n in ("predict", "compare", "average") if getattr(options, n)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: one at a time")
 
 
 def version_number(text: str) -> int:

@@ -102,13 +102,13 @@ def log_release(released: ModelRecord, config: TrainingConfig) -> None:
     metrics, folder = released.metrics, config.output_dir
     low, high = metrics["test_top1_ci95"]
     logger.info(
-        "test top-1 %.4f (95%% interval %.3f to %.3f)  top-5 %.4f  on %d images; best epoch %d",
+        "test top-1 %.4f (95%% interval %.3f to %.3f)  top-5 %.4f  on %d images%s",
         metrics["test_top1"],
         low,
         high,
         metrics["test_top5"],
         metrics["test_images"],
-        metrics["best_epoch"],
+        f"; best epoch {metrics['best_epoch']}" if "best_epoch" in metrics else "",
     )
     logger.info("model    %s (now current)", folder / weights_name(released.version))
     report = folder / report_folder_name(released.version) / "report.html"

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,11 +60,20 @@ CENTROID_IMAGES = 100  # of each class, to find its center
 logger = logging.getLogger(__name__)
 
 
+class Averaged(NamedTuple):
+    """The versions whose mean a model is, and what it reaches on validation."""
+
+    parents: tuple[int, ...]
+    val_acc: float
+    val_loss: float
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """What the release needs to know of the run that trained the model.
 
-    history: one record per epoch. skipped: path -> why it could not be read.
+    history: one record per epoch. skipped: path -> why it could not be read. averaged: of a mean of
+    versions, which has no epochs of its own.
     """
 
     run_name: str
@@ -75,6 +84,7 @@ class TrainingResult:
     stopped_early: bool
     skipped: dict[str, str]
     num_workers: int
+    averaged: Averaged | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,7 @@ def make_record(
         training={
             "run": result.run_name,
             "epochs_done": len(result.history),
+            **({"parents": list(result.averaged.parents)} if result.averaged else {}),
             **result.config.to_dict(),
         },
         libraries=library_versions(),
@@ -208,7 +219,6 @@ def make_record(
 
 
 def _metrics(results: Results, result: TrainingResult) -> dict[str, Any]:
-    best = result.history[result.best_epoch - 1]
     return {
         "test_top1": results["top1"],
         "test_top1_ci95": results["top1_ci95"],
@@ -217,10 +227,16 @@ def _metrics(results: Results, result: TrainingResult) -> dict[str, Any]:
         "test_loss": results["loss"],
         "test_ece": results["calibration"]["ece_after"],
         "test_images": results["num_images"],
-        "best_epoch": result.best_epoch,
-        "val_acc": best["val_acc"],
-        "val_loss": best["val_loss"],
+        **_validation(result),
     }
+
+
+def _validation(result: TrainingResult) -> dict[str, float]:
+    if mean := result.averaged:
+        return {"val_acc": mean.val_acc, "val_loss": mean.val_loss}
+    best = result.history[result.best_epoch - 1]
+    numbers = {"val_acc": best["val_acc"], "val_loss": best["val_loss"]}
+    return {"best_epoch": result.best_epoch, **numbers}
 
 
 def write_reports(
@@ -356,6 +372,9 @@ def report_facts(
     if result.stopped_early:
         patience = config.early_stopping_patience
         reason = f"Stopped early: no lower validation loss for {patience} epochs."
+    if result.averaged:
+        parents = ", ".join(f"v{version}" for version in result.averaged.parents)
+        reason = f"The mean of the weights of {parents}."
     return {
         "model_name": record.model_name,
         "version": record.version,

@@ -35,8 +35,8 @@ SPLITS = ("train", "val", "test")
 class ReportFacts(TypedDict):
     """What the report and the model card say beside the numbers.
 
-    stopped_epoch: None if every epoch was trained. verdicts: split -> verdict -> shares.
-    timings: seconds.
+    best_epoch: 0 for a mean of versions. stopped_epoch: None if every epoch was trained.
+    verdicts: split -> verdict -> shares. timings: seconds.
     """
 
     model_name: str

@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import Timeout
 
+from app.ml.artifacts import list_versions
 from app.ml.durable import FolderError, file_lock, write_durably
 from app.ml.model import imagenet_sizes_of
 from training.config import TrainingConfig, differences
@@ -139,6 +140,21 @@ def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be read (%s); its run counts as unfinished", path, error)
         return False
+
+
+def finished_version(config: TrainingConfig) -> int | None:
+    """Find the version that a finished run with these settings was released as, if it is there."""
+
+    def other_settings(_run_dir: Path, state: dict[str, Any]) -> str | None:
+        return "; ".join(differences(config.exact_settings(), _settings_of(state, config))) or None
+
+    released = list_versions(config.output_dir)
+    for run_dir in run_folders(config.checkpoint_dir):
+        if _is_finished(run_dir, config) and newest_checkpoint([run_dir], other_settings):
+            version = json.loads((run_dir / FINISHED_NAME).read_text(encoding="utf-8"))["version"]
+            if version in released:
+                return int(version)
+    return None
 
 
 def mark_finished(run_dir: Path, run: Run, version: int) -> None:

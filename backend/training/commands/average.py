@@ -1,0 +1,272 @@
+"""One version from several: the mean of the weights of runs that share a pretrained start.
+
+Fine-tunes of the same start lie in one valley of the loss, so the mean of their weights is itself a
+good network, often better than each (Wortsman et al. 2022, arXiv:2203.05482). It is made greedily:
+the best version first, then each that does not make the mean worse on validation photos.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.ml.artifacts import ArtifactError, ModelRecord, read_record, read_state
+from app.ml.model import build_model
+from app.ml.predictor import TorchNetwork
+from training.compute.devices import choose_device, prepare_machine
+from training.config import TrainingConfig, config_of_record
+from training.data.loader import default_num_workers
+from training.data.manifest import MANIFEST_NAME, read_manifest
+from training.data.splits import FoodData, Split
+from training.errors import CheckpointError, ConfigError
+from training.release.metrics import evaluate
+from training.release.release import Averaged, TrainingResult, predict_split, release_model
+from training.run.resume import finished_version
+from training.run.state import EarlyStopping
+
+MIN_VALIDATION = 100  # photos that no parent was trained on, if there are so many
+MUST_AGREE = ("model_name", "weights", "freeze_layers")  # settings of versions that share a start
+
+State = dict[str, Tensor]
+Train = Callable[[TrainingConfig, str], ModelRecord | None]
+
+logger = logging.getLogger(__name__)
+
+
+class AverageError(ArtifactError):
+    """Versions that have no mean; the message says why."""
+
+
+def train_and_average(train: Train, config: TrainingConfig, command: str) -> ModelRecord | None:
+    """Train `config.runs` times on the same split, with a seed each, and release the mean.
+
+    With --resume auto, what is finished is not trained again.
+
+    Raises:
+        ConfigError: under torchrun, or with the checkpoint of one run.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # set by torchrun
+        raise ConfigError(f"--runs {config.runs}: one process trains them; leave torchrun out")
+    if config.resume not in (None, "auto"):
+        raise ConfigError(f"--runs {config.runs} with --resume {config.resume}: must be auto")
+    versions = []
+    for number in range(config.runs):
+        seed = config.seed + number
+        one = dataclasses.replace(config, seed=seed, split_seed=config.seed if number else None)
+        version = finished_version(one) if config.resume else None
+        if version is None:
+            logger.info("run %d of %d, seed %d", number + 1, config.runs, seed)
+            released = train(one, command)
+            assert released, "one process alone trains several runs"
+            version = released.version
+        versions.append(version)
+    return average_versions(config, versions, command)
+
+
+def average_versions(
+    config: TrainingConfig, versions: Sequence[int], command: str
+) -> ModelRecord | None:
+    """Release the mean of the versions that make it better; None if none does.
+
+    Raises:
+        ArtifactError: a version is missing or damaged, they do not share a start, their photos are
+            gone or were partly trained on, or the mean cannot be saved.
+    """
+    records = [read_record(config.output_dir, version) for version in dict.fromkeys(versions)]
+    check_alike(records)
+    data = photos_of(records, config.checkpoint_dir)
+    prepare_machine()
+    device = choose_device(config.device, 0)
+    workers = config.num_workers
+    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
+    settings = dataclasses.replace(
+        config_of_record(records[0].training), output_dir=config.output_dir
+    ).with_sizes(sizes_of_record(records[0]))
+    soup = greedy_soup(records, data, settings, num_workers, device)
+    if len(soup.parents) == 1:
+        logger.info("v%d alone is the best on validation; nothing is released", soup.parents[0])
+        return None
+    model = build_model(settings.model_name, len(data.class_to_idx))
+    model.load_state_dict(soup.state)
+    result = TrainingResult(
+        run_name="average-" + "-".join(f"v{record.version}" for record in records),
+        command=command,
+        config=settings,
+        history=[],
+        best_epoch=0,
+        stopped_early=False,
+        skipped={},
+        num_workers=num_workers,
+        averaged=Averaged(soup.parents, soup.val_acc, soup.val_loss),
+    )
+    return release_model(model, data, result, device)
+
+
+def check_alike(records: Sequence[ModelRecord]) -> None:
+    """Refuse versions whose weights have no meaning together.
+
+    Raises:
+        AverageError: it names the first that differs, and how.
+    """
+    first = records[0]
+    if len(records) < 2:
+        raise AverageError(f"--average v{first.version}: at least two versions are needed")
+    for record in records:
+        names = f"v{first.version} and v{record.version}"
+        if parents := record.training.get("parents"):
+            ways = " ".join(f"v{version}" for version in parents)
+            raise AverageError(f"v{record.version} is a mean itself; name its parents: {ways}")
+        if record.class_to_idx != first.class_to_idx:
+            raise AverageError(f"{names} know other classes; average versions of the same ones")
+        if record.preprocessing != first.preprocessing:
+            raise AverageError(f"{names} see pictures at other sizes; average versions that agree")
+        for key in MUST_AGREE:
+            ours, theirs = (_setting(r.training, key) for r in (first, record))
+            if ours != theirs:
+                raise AverageError(
+                    f"{names} do not share a start: {key} is {ours}, {theirs}; average versions "
+                    "that do"
+                )
+        if record.training.get("weights") == "none":
+            raise AverageError(
+                f"v{record.version} was trained from random weights, which share nothing; average "
+                "versions with a pretrained start"
+            )
+
+
+def _setting(training: dict[str, Any], key: str) -> object:
+    value = training.get(key)
+    return Path(str(value)).name if key == "weights" else value  # the file may have moved
+
+
+def sizes_of_record(record: ModelRecord) -> dict[str, int]:
+    """Return the picture sizes of a version."""
+    crop, resize = record.preprocessing.crop, record.preprocessing.resize
+    train_crop = record.training.get("train_crop", crop)
+    return {"train_crop": train_crop, "test_resize": resize, "test_crop": crop}
+
+
+# Photos ---------------------------------------------------------------------------------------
+
+
+def photos_of(records: Sequence[ModelRecord], checkpoint_dir: Path) -> FoodData:
+    """List photos to choose by and to test with that no version was trained on.
+
+    checkpoint_dir: where the folders of the runs are, unless they are where they were.
+
+    Raises:
+        AverageError: a run's list of images is missing, or too few photos are left.
+    """
+    parents = [_photos_of(record, checkpoint_dir) for record in records]
+    trained_on = {path for data in parents for path in data.train.paths}
+    val = _without([data.val for data in parents], trained_on)
+    test = _without([data.test for data in parents], trained_on | set(val.paths))
+    needed = min(MIN_VALIDATION, *(len(data.val) for data in parents))
+    if len(val) < needed or not len(test):
+        names = ", ".join(f"v{record.version}" for record in records)
+        raise AverageError(
+            f"{names} were trained on one another's validation photos: of these {len(val)} are "
+            f"left, {needed} are needed; --runs {len(records)} trains versions that share them"
+        )
+    return dataclasses.replace(parents[0], val=val, test=test)
+
+
+def _photos_of(record: ModelRecord, checkpoint_dir: Path) -> FoodData:
+    run = str(record.training.get("run"))
+    there = checkpoint_dir / run
+    run_dir = there if there.exists() else Path(str(record.training.get("checkpoint_dir"))) / run
+    try:
+        return read_manifest(run_dir)
+    except CheckpointError as error:
+        raise AverageError(
+            f"the photos of v{record.version} are not known: {run_dir / MANIFEST_NAME} cannot be "
+            "read; put the folder of its run back"
+        ) from error
+
+
+def _without(splits: Sequence[Split], paths: set[str]) -> Split:
+    """Join splits, each photo once, without those of these paths."""
+    labels = {
+        path: label
+        for split in splits
+        for path, label in zip(split.paths, split.labels.tolist(), strict=True)
+        if path not in paths
+    }
+    return Split(tuple(labels), np.array(list(labels.values()), dtype=np.int64))
+
+
+# The mean -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Soup:
+    """A mean of weights, the versions in it, and what it reaches on validation."""
+
+    state: State
+    parents: tuple[int, ...]
+    val_acc: float
+    val_loss: float
+
+
+def greedy_soup(
+    records: Sequence[ModelRecord],
+    data: FoodData,
+    config: TrainingConfig,
+    num_workers: int,
+    device: torch.device,
+) -> Soup:
+    """Begin with the best version; add each, the better ones first, that makes the mean better.
+
+    What is better is decided as between the epochs of a run; see `EarlyStopping`.
+    """
+    network = build_model(config.model_name, len(data.class_to_idx))
+
+    def measured(state: State, parents: tuple[int, ...]) -> Soup:
+        network.load_state_dict(state)
+        val_acc, val_loss = validate(network, data, config, num_workers, device)
+        logger.info(
+            "validation of %s: accuracy %.4f, loss %.4f",
+            " + ".join(f"v{version}" for version in parents),
+            val_acc,
+            val_loss,
+        )
+        return Soup(state, parents, val_acc, val_loss)
+
+    states = {r.version: read_state(config.output_dir, r) for r in records}
+    alone = [measured(state, (version,)) for version, state in states.items()]
+    best, *others = sorted(alone, key=lambda soup: (-soup.val_acc, soup.val_loss))
+    judge = EarlyStopping(len(records), len(data.val))
+    judge.judge(1, best.val_loss, best.val_acc)
+    for number, other in enumerate(others, start=2):
+        parents = (*best.parents, *other.parents)
+        mixed = measured(mean_of([states[version] for version in parents]), parents)
+        if judge.judge(number, mixed.val_loss, mixed.val_acc):
+            best = mixed
+    return best
+
+
+def mean_of(states: Sequence[State]) -> State:
+    """Average tensors of floats, in float64; take counters from the first."""
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
+
+
+def validate(
+    model: nn.Module, data: FoodData, config: TrainingConfig, num_workers: int, device: torch.device
+) -> tuple[float, float]:
+    """Compute accuracy and loss over the validation photos."""
+    network = TorchNetwork(model, config.model_name, device)
+    found = predict_split(network, data.val, config.preprocessing, num_workers, device)
+    classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
+    results = evaluate(found.logits, found.labels, classes)
+    return results["top1"], results["loss"]
