@@ -11,13 +11,14 @@ from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from app.answers import Answer
 from app.errors import ERRORS, ClientGoneError, errors
 from app.inference import InferenceService, ModelLoadError, ModelMissingError
 from app.ml.artifacts import ModelRecord
 from app.ml.predictor import ClassProbability
 from app.nutrition import food_facts, food_table
 from app.schemas import Food, FoodPrediction, Health, ModelInfo, Ready, TopPrediction
-from app.settings import Integer
+from app.settings import Integer, Settings
 from app.uploads import FIELD, Body, UploadMemory, check_content_type, take_photo
 
 router = APIRouter()
@@ -75,6 +76,10 @@ async def predict(
     facts = food_facts(best.class_name)
     request.state.model_version = record.version
     request.state.verdict = prediction.verdict
+    service.answers.add(
+        request.state.request_id,
+        Answer(record.version, best.class_name, best.probability, prediction.verdict),
+    )
     return FoodPrediction(
         **Food.values(facts, with_nutrition=prediction.verdict != "not_food"),
         confidence=best.probability,
@@ -142,10 +147,10 @@ async def food(class_name: str, service: Service) -> Food:
 async def model(service: Service) -> ModelInfo:
     if service.predictor is None:
         raise ModelMissingError(service.problem)
-    return _model_info(service.predictor.record)
+    return _model_info(service.predictor.record, service.settings)
 
 
-def _model_info(record: ModelRecord) -> ModelInfo:
+def _model_info(record: ModelRecord, settings: Settings) -> ModelInfo:
     return ModelInfo(
         version=record.version,
         model_name=record.model_name,
@@ -153,6 +158,7 @@ def _model_info(record: ModelRecord) -> ModelInfo:
         classes=record.classes,
         preprocessing=record.preprocessing.to_dict(),
         metrics=record.metrics,
+        feedback=settings.feedback_dir is not None,
     )
 
 
@@ -162,7 +168,7 @@ def check_token(
 ) -> None:
     token = service.settings.reload_token
     if token is None:
-        raise HTTPException(404, "reloading is off; set NUTRILEARN_RELOAD_TOKEN to turn it on")
+        raise HTTPException(404, "this is off; set NUTRILEARN_RELOAD_TOKEN to turn it on")
     given = authorization.credentials if authorization else ""
     # Headers are read as Latin-1, whatever a client has written.
     if not secrets.compare_digest(given.encode("latin-1"), token.get_secret_value().encode()):
@@ -184,7 +190,7 @@ async def reload_model(
 ) -> ModelInfo:
     """The new model is verified beside the old one, which keeps serving if it fails."""
     try:
-        return _model_info(await service.load(version))
+        return _model_info(await service.load(version), service.settings)
     except ModelLoadError as error:
         old = service.predictor
         remaining = f"version {old.record.version} keeps serving" if old else "nothing is served"

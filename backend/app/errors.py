@@ -11,6 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
+from app.answers import UnknownAnswerError
+from app.feedback import (
+    DishNameError,
+    FeedbackFullError,
+    FeedbackStorageError,
+    TooManyCorrectionsError,
+)
 from app.inference import ModelLoadError, ModelMissingError, OverloadedError
 from app.ml.preprocessing import (
     IMAGE_FORMATS,
@@ -19,7 +26,7 @@ from app.ml.preprocessing import (
     UnsupportedImageError,
 )
 from app.schemas import ErrorBody
-from app.uploads import MalformedFormError, NoPhotoError
+from app.uploads import FieldError, MalformedFormError, NoPhotoError
 
 # code -> (status, an example of its sentence)
 ERRORS = {
@@ -27,6 +34,7 @@ ERRORS = {
     "malformed_request": (400, "the body ends before its last boundary"),
     "origin_refused": (400, "https://example.org is not among NUTRILEARN_CORS_ORIGINS"),
     "wrong_token": (401, "send the reload token as Authorization: Bearer ..."),
+    "unknown_answer": (404, "no answer with the request id '0f9d2c' is among the last 1,000"),
     "not_found": (404, "Not Found"),
     "method_not_allowed": (405, "Method Not Allowed"),
     "upload_too_slow": (408, "the upload took longer than 60 s"),
@@ -39,13 +47,20 @@ ERRORS = {
     "range_not_satisfiable": (416, "Requested Range Not Satisfiable"),
     "invalid_request": (422, "no form field is named 'file'; the form has 'image'"),
     "overloaded": (429, "too many photos are waiting; try again in a moment"),
+    "too_many_corrections": (429, "more than 20 corrections a minute from one client"),
     "internal_error": (500, "something went wrong on the server; its log has the request id"),
     "no_model": (503, "no model is loaded; train one: python backend/train_model.py --sample"),
     "stopping": (503, "the server is stopping; try again in a moment"),
+    "feedback_full": (507, "1,000 corrections wait to be reviewed, and there is no room for more"),
+    "feedback_not_stored": (
+        507,
+        "the server cannot store corrections at the moment (No space left on device)",
+    ),
 }
 OF_NO_ROUTE = {"origin_refused", "method_not_allowed", "range_not_satisfiable"}
 HEADERS = {
     "overloaded": {"Retry-After": "1"},
+    "too_many_corrections": {"Retry-After": "60"},
     "stopping": {"Retry-After": "1"},
     "wrong_token": {"WWW-Authenticate": "Bearer"},
 }
@@ -55,6 +70,12 @@ CODE_OF_EXCEPTION: dict[type[Exception], str] = {
     ImageTooLargeError: "too_large",
     MalformedFormError: "malformed_request",
     NoPhotoError: "invalid_request",
+    FieldError: "invalid_request",
+    DishNameError: "invalid_request",
+    UnknownAnswerError: "unknown_answer",
+    TooManyCorrectionsError: "too_many_corrections",
+    FeedbackFullError: "feedback_full",
+    FeedbackStorageError: "feedback_not_stored",
     OverloadedError: "overloaded",
     ModelMissingError: "no_model",
     ModelLoadError: "model_rejected",

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
+from app.answers import RecentAnswers
 from app.metrics import Metrics
 from app.ml.artifacts import CONFIG_NAME, ModelRecord
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
@@ -24,6 +27,7 @@ from app.settings import Settings
 
 logger = logging.getLogger(__name__)
 TOP_K = 3
+Done = TypeVar("Done")
 FOLDERS = re.compile(r"(?<![\w.:/])([A-Za-z]:)?([\\/][^\s\\/:'\",;()]+)+[\\/]")
 
 
@@ -45,6 +49,7 @@ class InferenceService:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
         self.metrics = metrics
+        self.answers = RecentAnswers()
         self.predictor: FoodPredictor | None = None
         self.problem = "the model is being loaded"
         self._load_lock = asyncio.Lock()
@@ -78,14 +83,23 @@ class InferenceService:
                 "no model is loaded; train one with python backend/train_model.py --sample, "
                 "or see /ready for what is wrong"
             )
+        compute = partial(self._compute, predictor, read_photo, time.perf_counter())
+        return await self.run(compute), predictor.record
+
+    async def run(self, work: Callable[[], Done]) -> Done:
+        """Do some work on a photo when its turn comes.
+
+        Raises:
+            OverloadedError: workers + queue_size photos are already accepted.
+        """
         if not self._places.acquire(blocking=False):
             raise OverloadedError("too many photos are waiting; try again in a moment")
         self.metrics.queue_depth.inc()
-        job = self._pool.submit(self._compute, predictor, read_photo, time.perf_counter())
+        job = self._pool.submit(work)
         job.add_done_callback(self._leave)
-        return await asyncio.wrap_future(job), predictor.record
+        return await asyncio.wrap_future(job)
 
-    def _leave(self, _: "Future[Prediction]") -> None:
+    def _leave(self, _: "Future[Any]") -> None:
         self.metrics.queue_depth.dec()
         self._places.release()
 

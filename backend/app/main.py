@@ -16,6 +16,7 @@ import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,9 @@ from fastapi.staticfiles import StaticFiles
 
 from app.api import router
 from app.errors import add_error_handlers
+from app.feedback import FeedbackStorageError, FeedbackStore, RateLimit
+from app.feedback_api import review
+from app.feedback_api import router as feedback
 from app.inference import InferenceService, ModelLoadError
 from app.logs import log_to_stderr
 from app.metrics import Metrics
@@ -69,9 +73,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     largest = max(settings.upload_memory_bytes, settings.max_upload_bytes)
     app.state.uploads = UploadMemory(largest, metrics)
     add_error_handlers(app)
-    app.include_router(router)
+    folder = settings.feedback_dir
+    app.state.feedback = None if folder is None else FeedbackStore(folder, settings)
+    app.state.feedback_rate = RateLimit(settings.feedback_per_minute)
+    for routes in (router, feedback, review):
+        app.include_router(routes)
     app.mount("/static", StaticFiles(directory=WEB), name="static")
-    app.add_api_route("/", _page, include_in_schema=False)
+    app.add_api_route("/", partial(_page, "index.html"), include_in_schema=False)
+    app.add_api_route("/review", partial(_page, "review.html"), include_in_schema=False)
     app.add_middleware(RequestMiddleware, service=service, running=running)
     app.add_middleware(
         NamedOrigins,
@@ -84,8 +93,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-async def _page() -> FileResponse:
-    return FileResponse(WEB / "index.html", headers={"Content-Security-Policy": PAGE_POLICY})
+async def _page(name: str) -> FileResponse:
+    return FileResponse(WEB / name, headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 @asynccontextmanager
@@ -98,6 +107,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     logger.info("starting", extra={"fields": found | chosen})
     with suppress(ModelLoadError):  # logged; /ready says it too
         await service.load()
+    if store := app.state.feedback:
+        with suppress(FeedbackStorageError):  # logged; each correction is told so too
+            await asyncio.to_thread(store.tidy)
     watcher = asyncio.create_task(service.watch())
     try:
         with _told_to_stop(app.state.running.stop):

@@ -88,6 +88,51 @@ class ModelInfo(BaseModel):
     classes: list[str]
     preprocessing: dict[str, Any]
     metrics: dict[str, Any] = Field(description="as evaluated on the test split")
+    feedback: bool = Field(description="POST /api/v1/feedback takes corrections here")
+
+
+class FeedbackReceipt(BaseModel):
+    """A correction that is stored; its token deletes it."""
+
+    id: str = Field(description="hash of the stored photo")
+    token: str = Field(description="send it with DELETE /api/v1/feedback/{id}")
+    class_name: str = Field(examples=["dal_makhani"])
+    food_name: str = Field(examples=["Dal Makhani"])
+    is_new: bool = Field(description="the model does not know this dish yet")
+    state: Literal["pending", "accepted"] = Field(description="accepted: trained on next time")
+
+
+class AnswerInfo(BaseModel):
+    """What the server had answered."""
+
+    model_config = ConfigDict(protected_namespaces=(), from_attributes=True)
+
+    model_version: int
+    class_name: str
+    confidence: float
+    verdict: str
+
+
+class CorrectionInfo(BaseModel):
+    """A correction as the operator sees it."""
+
+    id: str
+    time: str = Field(description="UTC")
+    state: Literal["pending", "accepted"]
+    class_name: str = Field(description="the right dish")
+    food_name: str
+    is_new: bool = Field(description="the model did not know it")
+    answer: AnswerInfo | None = Field(description="null where the sender named none")
+
+
+class CorrectionList(BaseModel):
+    """The corrections that were asked for, and how many there are."""
+
+    total: int
+    corrections: list[CorrectionInfo]
+    accepted_photos: dict[str, int] = Field(
+        description="of each dish here, the accepted photos; training takes a new one from 5 on"
+    )
 
 
 class Health(BaseModel):

@@ -82,7 +82,19 @@ class Settings(BaseSettings):
     reload_token: SecretStr | None = Field(
         default=None,
         min_length=16,
-        description="bearer token of POST /api/v1/model/reload; off without",
+        description="bearer token of reloading and of reviewing corrections; off without",
+    )
+    feedback_dir: Path | None = Field(
+        default=None, description="folder for the corrections that people send; off without"
+    )
+    feedback_max_photos: Integer = Field(
+        default=1000, ge=1, description="corrections that may wait to be reviewed"
+    )
+    feedback_max_bytes: Integer = Field(
+        default=512 * MEBIBYTE, ge=1, description="bytes of the photos that wait to be reviewed"
+    )
+    feedback_per_minute: Integer = Field(
+        default=20, ge=1, description="corrections that one client may send in a minute"
     )
     reload_poll_seconds: Seconds = Field(
         default=0, ge=0, description="how often to look for a newly released model; 0 is never"
@@ -93,10 +105,12 @@ class Settings(BaseSettings):
         """Return the threads for one photo: workers x threads is at most the number of cores."""
         return max(1, min(MAX_THREADS, num_cores() // self.workers))
 
-    @field_validator("model_dir")
+    @field_validator("model_dir", "feedback_dir")
     @classmethod
-    def _expand_home(cls, folder: Path) -> Path:
-        return Path(os.path.expanduser(folder))  # Path's own raises for a user who is not there
+    def _expand_home(cls, folder: Path | None) -> Path | None:
+        return folder and Path(
+            os.path.expanduser(folder)
+        )  # Path's own raises for a user who is not there
 
     @field_validator("device")
     @classmethod

@@ -1,7 +1,7 @@
 """From a request to the bytes of its photo: in memory, and never more than is allowed.
 
 A photo is the field `file` of a multipart form, with a file name or without, or the whole body
-(`Content-Type: image/...`). Nothing is written to disk.
+(`Content-Type: image/...`). Nothing is written to disk here.
 """
 
 import time
@@ -20,6 +20,7 @@ FIELD = "file"
 FORM_TYPE = b"multipart/form-data"
 MAX_PARTS = 1000
 BLOCK = 2**16  # bytes; a body is kept in blocks of at least this, as one large one is copied often
+MAX_TEXT = 1000  # bytes of a field that is not the photo
 PARSING_SECONDS = 1.0  # a form of 20 MiB takes 0.03 s, one that was made to be slow 20 s
 
 
@@ -29,6 +30,10 @@ class MalformedFormError(ValueError):
 
 class NoPhotoError(ValueError):
     """A request without a photo; the message says where one is expected."""
+
+
+class FieldError(ValueError):
+    """A field of a form that is missing, or not what it should be."""
 
 
 Body = list[bytearray]
@@ -92,26 +97,47 @@ def take_photo(body: Body, content_type: str) -> bytes:
         MalformedFormError: a form that is cut off or broken.
         NoPhotoError: a form without the field `file`.
     """
-    kind, options = parse_options_header(content_type)
+    kind, _ = parse_options_header(content_type)
     if kind != FORM_TYPE:
         photo = b"".join(body)
         body.clear()
         return photo
+    return take_form(body, content_type)[0]
+
+
+def take_form(body: Body, content_type: str, *names: str) -> tuple[bytes, dict[str, str]]:
+    """Return the photo of a form and its fields with these names, and empty the body.
+
+    Raises:
+        MalformedFormError: it is cut off or broken, or no form.
+        NoPhotoError: it lacks the field `file`.
+        FieldError: one of the fields is too long, or not text.
+    """
+    _, options = parse_options_header(content_type)
     try:
-        form = _Form(options.get(b"boundary", b""))
+        form = _Form(options.get(b"boundary", b""), names)
         form.parse(body)
     except FormParserError as error:
         raise MalformedFormError(f"the form is not valid multipart: {error}") from error
     body.clear()
-    return form.photo()
+    return form.photo(), {name: _text(name, data) for name, data in form.texts.items()}
+
+
+def _text(name: str, data: bytes) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise FieldError(f"the field {name!r} is not UTF-8 text") from error
 
 
 class _Form:
-    """A multipart form, of which only the names of the fields and the photo's bytes are kept."""
+    """A multipart form; kept are the names of the fields, the photo's bytes and some texts."""
 
-    def __init__(self, boundary: bytes) -> None:
+    def __init__(self, boundary: bytes, wanted: tuple[str, ...]) -> None:
         if not boundary:
             raise MalformedFormError("the Content-Type names no boundary")
+        self.wanted = wanted
+        self.texts: dict[str, bytes] = {}
         self.names: list[str] = []
         self.pieces: list[bytes] = []  # of the photo; the last field with its name counts
         self.has_photo = False
@@ -166,10 +192,17 @@ class _Form:
             self.names[-1] = options.get(b"name", b"").decode(errors="replace")
             if self.names[-1] == FIELD:
                 self.pieces, self.has_photo = [], False
+            elif self.names[-1] in self.wanted:
+                self.texts[self.names[-1]] = b""
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
-        if self.names[-1] == FIELD:
+        name = self.names[-1]
+        if name == FIELD:
             self.pieces.append(data[start:end])
+        elif name in self.texts:
+            self.texts[name] += data[start:end]
+            if len(self.texts[name]) > MAX_TEXT:
+                raise FieldError(f"the field {name!r} is longer than {MAX_TEXT} bytes")
 
     def _end_part(self) -> None:
         if self.names[-1] == FIELD:

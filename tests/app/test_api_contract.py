@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import schemathesis
@@ -24,8 +25,10 @@ ANSWERS = {200, 400, 413, 415, 422}
 
 
 @pytest.fixture(scope="module")
-def app(model_dir: Path) -> Iterator[FastAPI]:
-    app = create_app(Settings(model_dir=model_dir, workers=2, reload_token=TOKEN))  # type: ignore[arg-type]
+def app(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastAPI]:
+    values: dict[str, Any] = {"model_dir": model_dir, "reload_token": TOKEN}
+    values |= {"feedback_dir": tmp_path_factory.mktemp("feedback"), "feedback_per_minute": 10**6}
+    app = create_app(Settings(workers=2, **values))
     with TestClient(app):  # loads the model
         yield app
 

@@ -118,7 +118,14 @@ def test_the_server_knows_its_client(url: str, server: LiveServer) -> None:
 
 
 def test_what_is_private_is_hidden(url: str) -> None:
-    assert_error(httpx2.get(f"{url}/metrics"), 404, "not_found")
+    for path in (
+        "metrics",
+        "review",
+        "review/",
+        "api/v1/review",
+        f"api/v1/review/{'0' * 32}/photo",
+    ):
+        assert_error(httpx2.get(f"{url}/{path}"), 404, "not_found")
     assert_error(httpx2.post(f"{url}/api/v1/model/reload"), 404, "not_found")
 
 

@@ -2,52 +2,21 @@
 
 import base64
 import io
-import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from PIL import Image
 from tests.support.released import release_model
+from tests.support.web_page import DISHES, IN_A_BROWSER, Open, answered, photo, server, upload
 
-from app.main import create_app
 from app.ml.artifacts import Decision
-from app.settings import Settings
 
-playwright = pytest.importorskip(
+expect = pytest.importorskip(
     "playwright.sync_api", reason="needs playwright, which drives Chromium"
-)
-expect = playwright.expect
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium)"),
-]
-DISHES = ["apple_pie", "baklava", "paneer_butter_masala", "waffles"]
-Open = Callable[..., Any]
-
-
-@contextmanager
-def server(model_dir: Path) -> Iterator[str]:
-    """The app on a free port of this machine, in a thread."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    app = create_app(Settings(model_dir=model_dir, workers=2))
-    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    running.should_exit = True
-    thread.join()
+).expect
+pytestmark = IN_A_BROWSER
 
 
 @pytest.fixture(scope="module")
@@ -56,55 +25,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     release_model(folder, DISHES, decision=Decision(1.0, confident_at=1.1, food_at=-1.0))
     with server(folder) as url:
         yield url
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Open]:
-    """Opens pages that may neither throw nor ask anybody but their own server."""
-    contexts, troubles = [], []
-
-    def open_page(url: str, **options: Any) -> Any:
-        contexts.append(context := browser.new_context(**options))
-        page = context.new_page()
-        page.set_default_timeout(20_000)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda line: "Policy" in line.text and troubles.append(line.text))
-        page.on(
-            "request",
-            lambda r: r.url.startswith((url, "blob:")) or troubles.append(f"asked {r.url}"),
-        )
-        page.goto(url)
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert troubles == []
-
-
-def photo() -> bytes:
-    image = Image.radial_gradient("L").resize((300, 200)).convert("RGB")
-    image.save(buffer := io.BytesIO(), "JPEG")
-    return buffer.getvalue()
-
-
-def upload(page: Any, data: bytes, name: str = "lunch.jpg") -> None:
-    page.set_input_files("#file", {"name": name, "mimeType": "image/jpeg", "buffer": data})
-
-
-def answered(page: Any) -> str:
-    """Waits for the answer and gives the dish it names."""
-    page.wait_for_selector("#result:visible")
-    food: str = page.inner_text("#food")
-    return food
 
 
 def pressed(page: Any) -> str:

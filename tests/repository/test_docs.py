@@ -153,6 +153,11 @@ def check_docker(command: Command) -> None:
     assert (command.folder / file).is_file()
 
 
+def check_export(command: Command) -> None:
+    name, _, value = command.line.removeprefix("export ").partition("=")
+    assert name.removeprefix(ENV_PREFIX).lower() in Settings.model_fields and value
+
+
 CHECKS: dict[str, Callable[[Command], None]] = {
     r"(python|torchrun) ": check_script,
     r"(\./)?train_quick_start\.(sh|bat)": check_quick_start,
@@ -161,6 +166,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     r"(\S+/)?uvicorn ": check_uvicorn,
     r"curl ": check_curl,
     r"docker ": check_docker,
+    r"export ": check_export,
 }
 SLOW = r"python (benchmarks/|-m )|\S*mlflow "
 

@@ -75,6 +75,7 @@ FLOORS = {
     "training.release": BELOW | {"training.data"},
     "training.commands": BELOW
     | {"training.data", "training.compute", "training.run", "training.release"},
+    "app.ml.class_names": set(),
     "app.ml.machine": set(),
     "app.ml.model": set(),
     "app.ml.containers": set(),

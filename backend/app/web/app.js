@@ -13,8 +13,11 @@ const WORTH_RETRYING = [
 ];
 const LONGEST_SIDE = 1600; // of what is sent, in pixels; the model sees far fewer
 const STORE = "nutrilearn-corrections";
+const AGREED = "nutrilearn-agreed"; // that photos with their right dish are kept on the server
+const SENT = "nutrilearn-sent"; // what was: {id, token} of each photo
 
 let photo = null; // the file last chosen
+let asked = null; // the file that was sent, made smaller, and the id of the request
 let answer = null; // what the server said about it
 let food = null; // the dish on show: the answer's, or the one the person chose instead
 let request = null; // AbortController of the request under way
@@ -61,11 +64,15 @@ async function ask(file) {
   show("status", "Looking at your photo…");
   try {
     const form = new FormData();
-    form.append("file", await shrunk(file));
+    const small = await shrunk(file);
+    form.append("file", small);
     const response = await fetch("api/v1/predict", { method: "POST", body: form, signal });
     const body = await response.json().catch(() => ({ code: String(response.status) }));
     if (signal.aborted) return;
-    if (response.ok) return showAnswer(body);
+    if (response.ok) {
+      asked = { file: small, requestId: response.headers.get("X-Request-ID") };
+      return showAnswer(body);
+    }
     showError(explain(body), WORTH_RETRYING.includes(body.code));
   } catch (error) {
     if (error.name === "AbortError") return;
@@ -108,6 +115,9 @@ function explain({ code, detail }) {
     malformed_request: "The photo did not arrive in one piece. Please try again.",
     too_large: tooLarge,
     413: tooLarge, // from a proxy that answers without JSON, as all numbers here
+    too_many_corrections: "That was quick. Please wait a minute before you send more.",
+    feedback_full: "Thank you, but there is no room for more photos just now.",
+    feedback_not_stored: "The photo could not be kept: the server has a problem with its disk.",
     overloaded: "Many photos are waiting just now. Please try again in a moment.",
     no_model: "This server has no trained model yet, so it cannot answer.",
     stopping: stopped,
@@ -137,7 +147,8 @@ function showAnswer(body) {
   answer = body;
   $("guesses").replaceChildren(...body.top_predictions.map(guessRow));
   $("guesses-title").textContent = body.verdict === "not_food" ? "If it is a dish after all" : "What the model saw";
-  $("other").value = "";
+  for (const field of ["other", "dish"]) $(field).value = "";
+  $("taught").hidden = true;
   showFood(body);
   show("result");
   $("result").focus({ preventScroll: true });
@@ -226,7 +237,8 @@ async function correct(className) {
       return showError("The server could not be reached.");
     }
   }
-  if ($("consent").checked) remember(className);
+  if (teaching()) teach(className);
+  else if ($("consent").checked) remember(className);
 }
 
 const corrections = () => JSON.parse(localStorage.getItem(STORE) ?? "[]");
@@ -250,6 +262,85 @@ function showKept() {
   $("download").href = URL.createObjectURL(new Blob([JSON.stringify(kept, null, 2)], { type: "application/json" }));
 }
 
+// Letting the model learn from it ---------------------------------------------------------
+
+const teaching = () => !$("teach").hidden && $("share").checked;
+const sent = () => JSON.parse(localStorage.getItem(SENT) ?? "[]");
+
+async function teach(dish) {
+  const { file, requestId } = asked;
+  try {
+    let [response, body] = await sendCorrection(file, dish, requestId);
+    // The server has been restarted since, and no longer knows what it had answered.
+    if (body.code === "unknown_answer") [response, body] = await sendCorrection(file, dish);
+    if (!response.ok) return say(explain(body), true);
+    const others = sent().filter(({ id }) => id !== body.id); // a photo is kept once
+    localStorage.setItem(SENT, JSON.stringify([...others, { id: body.id, token: body.token }]));
+    say(`Thank you. Your photo is kept as ${body.food_name}.`);
+  } catch {
+    say("The server could not be reached, so your photo was not kept.", true);
+  }
+}
+
+async function sendCorrection(file, dish, requestId) {
+  const form = new FormData();
+  form.append("file", file, "photo"); // not the file's own name
+  form.append("dish", dish);
+  form.append("consent", "true");
+  if (requestId) form.append("request_id", requestId);
+  const response = await fetch("api/v1/feedback", { method: "POST", body: form });
+  return [response, await response.json().catch(() => ({ code: String(response.status) }))];
+}
+
+function say(text, failed = false) {
+  $("taught").textContent = text;
+  $("taught").classList.toggle("notice", failed);
+  $("taught").hidden = false;
+  showSent();
+}
+
+function showSent() {
+  const count = sent().length;
+  $("sent").hidden = count === 0;
+  $("sent").querySelector("span").textContent =
+    count === 1 ? "1 photo of yours is kept on the server." : `${count} photos of yours are kept on the server.`;
+}
+
+$("share").addEventListener("change", () => {
+  const agreed = $("share").checked;
+  if (agreed) localStorage.setItem(AGREED, "true");
+  else localStorage.removeItem(AGREED);
+  $("name-dish").hidden = !agreed;
+  if (agreed && food !== answer) teach(food.class_name);
+});
+
+$("name-dish").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const dish = $("dish").value.trim();
+  if (dish) teach(dish);
+});
+
+$("take-back").addEventListener("click", async () => {
+  const left = [];
+  for (const receipt of sent()) {
+    const headers = { Authorization: `Bearer ${receipt.token}` };
+    const response = await fetch(`api/v1/feedback/${receipt.id}`, { method: "DELETE", headers }).catch(() => null);
+    if (!(response?.ok || response?.status === 404)) left.push(receipt);
+  }
+  localStorage.setItem(SENT, JSON.stringify(left));
+  if (left.length) say("Not everything could be deleted. Please try again.", true);
+  else say("Deleted from the server.");
+});
+
+function offerTeaching() {
+  $("teach").hidden = false;
+  $("local").hidden = true;
+  $("share").checked = localStorage.getItem(AGREED) !== null;
+  $("name-dish").hidden = !$("share").checked;
+  $("privacy").textContent = "Your photo is not stored on the server, unless you agree to it and correct an answer.";
+  showSent();
+}
+
 // At start --------------------------------------------------------------------------------
 
 async function describeModel() {
@@ -257,6 +348,7 @@ async function describeModel() {
     const response = await fetch("api/v1/model");
     const body = await response.json();
     if (!response.ok) return showBanner();
+    if (body.feedback) offerTeaching();
     $("model").textContent = `Model version ${body.version}, ${body.classes.length} dishes.`;
     for (const name of [...body.classes].sort()) {
       const words = name.replaceAll("_", " ");

@@ -7,25 +7,17 @@ import errno
 import os
 import re
 import stat
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.ml.class_names import SERVICE_NAME, normalize_class_name, unfit_in
 from app.ml.preprocessing import IMAGE_EXTENSIONS
 from training.errors import DataError
 
 ImagesByClass = dict[str, list[str]]  # class name -> absolute paths of its images
 
-# What systems, desktops and file servers leave beside one's own files and folders.
-SERVICE_NAME = re.compile(
-    r"\..*(?<!\.icloud)|thumbs\.db|ehthumbs\.db|desktop\.ini|icon\r|__macosx|__pycache__"
-    r"|\$recycle\.bin|recycle[rd]|system volume information|found\.\d{3}"
-    r"|lost\+found|lost\.dir|network trash folder|temporary items|thevolumesettingsfolder"
-    r"|[#@]recycle|[#@~]snapshot|@recently-snapshot|@eadir|@tmp|@transcode|@__thumb",
-    re.IGNORECASE,
-)
 UNREAD_PICTURE = re.compile(
     r"\.(jxl|jp2|j2k|jpx|tiff?|bmp|dib|ico|tga|svg|psd|dng|cr[23w]|nef|nrw|arw"
     r"|srf|sr2|orf|rw2|raf|pef|raw|rwl|srw|x3f|3fr|iiq|kdc|dcr)"
@@ -48,8 +40,6 @@ OF_ONE_ENTRY = {
     errno.EINVAL,
     errno.ENAMETOOLONG,
 }
-
-JOINERS = "\u200c\u200d"  # invisible, and part of Persian and Indic words and of emoji
 
 
 @dataclass
@@ -102,19 +92,6 @@ def join_names(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
-
-
-def normalize_class_name(name: str) -> str:
-    """Turn "Paneer Tikka" or "paneer-tikka" into "paneer_tikka"; "" if nothing is left.
-
-    Invisible characters are dropped, except for joiners within a word. A name never begins like a
-    formula of a spreadsheet.
-    """
-    visible = "".join(c for c in name if c in JOINERS or unicodedata.category(c) != "Cf")
-    # Unicode 3.13 D145 folds between two normalizations; otherwise a second call changes more.
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFD", visible).casefold())
-    words = re.sub(r"[\s_\-\u2010-\u2015]+", "_", folded)
-    return words.lstrip("._=+@" + JOINERS).rstrip("_" + JOINERS)
 
 
 def list_folder(folder: Path) -> list["os.DirEntry[str]"]:
@@ -232,7 +209,7 @@ def class_folders(root: Path, audit: Audit) -> dict[str, list[Path]]:
     """
     folders = defaultdict(list)
     found = list_subfolders(root)
-    if unfit := [f"{name!r} (U+{ord(c):04X})" for name in found for c in _unfit_in(name)[:1]]:
+    if unfit := [f"{name!r} (U+{ord(c):04X})" for name in found for c in unfit_in(name)[:1]]:
         raise DataError(
             f"{root} has class folders whose names hold characters that are not text: "
             f"{', '.join(unfit)}; rename them"
@@ -244,11 +221,6 @@ def class_folders(root: Path, audit: Audit) -> dict[str, list[Path]]:
             spelled = ", ".join(folder.name for folder in same)
             audit.notes.append(f"the folders {spelled} in {root} are one class: {name}")
     return dict(folders)
-
-
-def _unfit_in(name: str) -> list[str]:
-    """Return the control characters and halves of surrogate pairs: few JSON readers take them."""
-    return [c for c in name if unicodedata.category(c) in ("Cc", "Cs")]
 
 
 def images_by_class(root: Path, audit: Audit) -> ImagesByClass:

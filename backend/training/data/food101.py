@@ -16,12 +16,12 @@ from pathlib import Path
 
 from torchvision.datasets import Food101
 
+from app.ml.class_names import normalize_class_name
 from training.data.folders import (
     Audit,
     ImagesByClass,
     list_images,
     list_subfolders,
-    normalize_class_name,
 )
 from training.errors import DataError
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.ml.class_names import normalize_class_name
 from app.ml.machine import num_cores
 from app.ml.preprocessing import TRAINING_LIMITS, ImageError, load_image
 from training.data.folders import (
@@ -27,7 +28,6 @@ from training.data.folders import (
     list_folder,
     list_images,
     list_subfolders,
-    normalize_class_name,
     reason_of,
     skip_by_ending,
 )

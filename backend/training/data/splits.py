@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from app.ml.class_names import normalize_class_name
 from training.data.folders import (
     Audit,
     ImagesByClass,
     is_archive,
     join_names,
-    normalize_class_name,
 )
 from training.data.sources import Source, load_custom, load_source
 from training.errors import DataError

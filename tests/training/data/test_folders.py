@@ -2,13 +2,10 @@
 
 import errno
 import os
-import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
 from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from PIL import Image
 from tests.support.photo_folders import write_images, write_tree
 
@@ -18,7 +15,6 @@ from training.data.folders import (
     images_by_class,
     list_folder,
     list_images,
-    normalize_class_name,
 )
 from training.errors import DataError
 
@@ -31,59 +27,6 @@ def names(paths: list[str]) -> list[str]:
 
 
 # Names of classes -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("Paneer Tikka", "paneer_tikka"),
-        ("paneer-tikka", "paneer_tikka"),
-        ("  Pav   Bhaji ", "pav_bhaji"),
-        ("pav\u2013bhaji", "pav_bhaji"),
-        (".Dal", "dal"),
-        ("=1+1", "1+1"),
-        ("@dal", "dal"),
-        ("cre\u0301me BRU\u0302LE\u0301E", "cr\u00e9me_br\u00fbl\u00e9e"),
-        ("---", ""),
-        # Any kind of space parts words.
-        ("pot\u00a0au\u202ffeu", "pot_au_feu"),
-        ("\u7261\u4e39\u3000\u9905", "\u7261\u4e39_\u9905"),
-        ("mac\u2009and\u2003cheese", "mac_and_cheese"),
-        # The joiners of Persian, Hindi and emoji are part of the word, at its ends of nothing.
-        (
-            "\u0642\u0631\u0645\u0647\u200c\u0633\u0628\u0632\u06cc",
-            "\u0642\u0631\u0645\u0647\u200c\u0633\u0628\u0632\u06cc",
-        ),
-        ("\u0915\u094d\u200d\u0937", "\u0915\u094d\u200d\u0937"),
-        ("\U0001f468\u200d\U0001f373", "\U0001f468\u200d\U0001f373"),
-        ("\u200cdal\u200d", "dal"),
-        ("\u200c\u200d", ""),
-        # What is not seen is dropped: soft hyphen, marks of direction, byte order mark.
-        ("rat\u00ada\u00adtouille", "ratatouille"),
-        ("\u202edal\u202c\u200f", "dal"),
-        ("\ufeffdal", "dal"),
-        ("dal\u200b\u2060", "dal"),
-        ("42", "42"),
-        ("CON", "con"),
-        ("x" * 255, "x" * 255),
-    ],
-)
-def test_class_names_are_normalized(name: str, expected: str) -> None:
-    assert normalize_class_name(name) == expected
-
-
-@at_least_100
-@given(st.text())
-def test_a_normalized_name_stays_as_it_is(name: str) -> None:
-    once = normalize_class_name(name)
-    assert normalize_class_name(once) == once
-    assert once == once.strip() and not once.startswith((".", "_", "\u200c", "\u200d"))
-
-
-@at_least_100
-@given(st.text(), st.sampled_from(["NFC", "NFD"]))
-def test_the_ways_to_write_an_accent_are_one_name(name: str, form: str) -> None:
-    assert normalize_class_name(unicodedata.normalize(form, name)) == normalize_class_name(name)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")

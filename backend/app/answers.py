@@ -1,0 +1,47 @@
+"""What the server answered lately, by request id: nothing of a photo or of who sent it."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+REMEMBERED = 1000
+
+
+class UnknownAnswerError(LookupError):
+    """A request id whose answer is not remembered."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a photo."""
+
+    model_version: int
+    class_name: str
+    confidence: float
+    verdict: str
+
+
+class RecentAnswers:
+    """The last answers; use it from one event loop."""
+
+    def __init__(self) -> None:
+        self._by_request: OrderedDict[str, Answer] = OrderedDict()
+
+    def add(self, request_id: str, answer: Answer) -> None:
+        self._by_request.pop(request_id, None)
+        self._by_request[request_id] = answer
+        if len(self._by_request) > REMEMBERED:
+            self._by_request.popitem(last=False)
+
+    def to(self, request_id: str) -> Answer:
+        """Look an answer up.
+
+        Raises:
+            UnknownAnswerError: it was never given, or is no longer remembered.
+        """
+        try:
+            return self._by_request[request_id]
+        except KeyError:
+            raise UnknownAnswerError(
+                f"no answer with the request id {request_id[:64]!r} is among the last "
+                f"{REMEMBERED:,}; leave the id out, or ask about the photo again"
+            ) from None
