@@ -117,16 +117,11 @@ def test_the_server_knows_its_client(url: str, server: LiveServer) -> None:
     assert line["client"] == "203.0.113.7"
 
 
-def test_what_is_private_is_hidden(url: str) -> None:
-    for path in (
-        "metrics",
-        "review",
-        "review/",
-        "api/v1/review",
-        f"api/v1/review/{'0' * 32}/photo",
-    ):
-        assert_error(httpx2.get(f"{url}/{path}"), 404, "not_found")
-    assert_error(httpx2.post(f"{url}/api/v1/model/reload"), 404, "not_found")
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_what_is_private_is_hidden(slash: str, url: str) -> None:
+    for path in ("metrics", "review", "api/v1/review", f"api/v1/review/{'0' * 32}/photo"):
+        assert_error(httpx2.get(f"{url}/{path}{slash}"), 404, "not_found")
+    assert_error(httpx2.post(f"{url}/api/v1/model/reload{slash}"), 404, "not_found")
 
 
 def test_the_servers_own_errors_pass(url: str) -> None:
