@@ -101,11 +101,13 @@ def log_release(released: ModelRecord, config: TrainingConfig) -> None:
     """Log what was reached, and where it is."""
     metrics, folder = released.metrics, config.output_dir
     low, high = metrics["test_top1_ci95"]
+    balanced = f"{metrics['test_balanced_accuracy']:.4f}"
     logger.info(
-        "test top-1 %.4f (95%% interval %.3f to %.3f)  top-5 %.4f  on %d images%s",
+        "test top-1 %.4f (95%% interval %.3f to %.3f)%s  top-5 %.4f  on %d images%s",
         metrics["test_top1"],
         low,
         high,
+        "" if balanced == f"{metrics['test_top1']:.4f}" else f"  balanced {balanced}",
         metrics["test_top5"],
         metrics["test_images"],
         f"; best epoch {metrics['best_epoch']}" if "best_epoch" in metrics else "",

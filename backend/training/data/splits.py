@@ -33,6 +33,7 @@ from training.errors import DataError
 
 # Up to this share of the classes is skipped for having too few images; more are an error.
 MAX_SMALL_CLASSES = 0.1
+UNEVEN = 5  # the largest class has this many times the training images of the smallest
 
 
 @dataclass(frozen=True)
@@ -350,12 +351,27 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
     for split in sizes:
         if bare := [name for name, count in counts.items() if not count[split]]:
             notes.append(f"warning: no {split} images of {join_names(bare)}")
+    notes += _uneven({name: count["train"] for name, count in counts.items()})
     if duplicates := record["duplicates"]:
         first = " = ".join(paths[0] for paths in duplicates[0].values() if paths)
         notes.append(
             f"warning: pictures in more than one split: {len(duplicates):,}, such as {first}"
         )
     return notes
+
+
+def _uneven(train_counts: Mapping[str, int]) -> list[str]:
+    """Say that classes differ much in size, and what can be done about it."""
+    small = min(train_counts, key=train_counts.__getitem__)
+    large = max(train_counts, key=train_counts.__getitem__)
+    fewest, most = train_counts[small], train_counts[large]
+    if most < UNEVEN * fewest:
+        return []
+    return [
+        f"warning: uneven classes, {fewest:,} training images of {small} and {most:,} of {large}: "
+        f"add photos of the small ones, or limit the others with --images_per_class; the report's "
+        "balanced accuracy counts each class the same"
+    ]
 
 
 def _describe_merge(source: Source, custom: ImagesByClass) -> list[dict[str, Any]]:

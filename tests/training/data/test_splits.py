@@ -281,3 +281,11 @@ def test_real_samosas_join_the_class_of_that_name(shared_dir: Path, tmp_path: Pa
     assert data.class_to_idx["samosa"] == 1 and len(data.class_to_idx) == 2 + 11
     assert data.audit["counts"]["samosa"] == {"train": 40, "val": 10, "test": 15}
     assert data.notes[-1].split() == ["samosa", "50", "joins", "10", "training", "images"]
+
+
+def test_uneven_classes_are_said_with_what_can_be_done(tmp_path: Path) -> None:
+    folder = write_tree(tmp_path / "photos", {"dal": 60, "naan": 20, "dosa": 8})
+    note = next(n for n in load_food_data(folder).notes if "uneven classes" in n)
+    for part in ("5 training images of dosa and 38 of dal", "--images_per_class"):
+        assert part in note
+    assert "uneven classes" not in str(load_food_data(folder, images_per_class=20).notes)
