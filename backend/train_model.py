@@ -401,12 +401,9 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     frozen_part = FrozenPart(
         frozen, config.preprocessing, device, DTYPES[run.config.precision], run.micro_batch
     )
-    train_batches, val_batches = feature_sources(
-        run.config, data, frozen_part, run_dir, processes, run.skipped
-    )
-    sources = (train_batches, val_batches)
+    sources = feature_sources(run.config, data, frozen_part, run_dir, processes, run.skipped)
     with session(run, run_dir, data, checkpoint, device, processes, sources) as keeper:
-        fit(run, train_batches, val_batches, keeper, processes)
+        fit(run, *sources, keeper, processes)
         if not keeper.end_training():
             return None
         run.use_best_weights()
