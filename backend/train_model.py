@@ -51,6 +51,7 @@ from training.compute.devices import (
     choose_device,
     choose_precision,
     prepare_machine,
+    to_device,
 )
 from training.compute.distributed import Processes, join_processes, shared_gradients
 from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
@@ -111,8 +112,8 @@ def gradients(
     """
     run.optimizer.zero_grad(set_to_none=True)
     device = batch.features.device
-    labels = batch.labels.to(device, non_blocking=True)  # (N,)
-    masks = run.dropout_masks(batch.positions).to(device, non_blocking=True)  # (N, num_features)
+    labels = to_device(batch.labels, device)  # (N,)
+    masks = to_device(run.dropout_masks(batch.positions), device)  # (N, num_features)
     loss_sum, correct = torch.zeros(2, device=device).unbind()
     share = len(labels), batch.num_images
     for part in run.micro_batch.equal_parts(*share, processes.world_size):
@@ -233,7 +234,7 @@ def validate_epoch(
     sums = torch.zeros(3, device=device)  # loss, correct answers, images
     with ProgressBar(run, "validate", batches, processes) as bar:
         for batch in keeper.waiting_for(batches.epoch(0, on_batch=keeper.check)):
-            labels = batch.labels.to(device, non_blocking=True)
+            labels = to_device(batch.labels, device)
             logits = predict_logits(run, module, batch.features)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             correct = (logits.argmax(dim=1) == labels).sum()

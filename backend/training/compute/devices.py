@@ -100,6 +100,13 @@ def choose_precision(precision: str, device: torch.device) -> str:
     return "fp32"
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without waiting; CUDA can do that from pinned memory only."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def autocast(features: Tensor) -> torch.autocast:
     """Autocast to the features' dtype; nothing changes for fp32."""
     is_low = features.dtype != torch.float32

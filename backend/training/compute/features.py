@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from app.ml.model import inference_copy
 from app.ml.preprocessing import PreprocessConfig, normalize
+from training.compute.devices import to_device
 from training.compute.distributed import Processes
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
@@ -79,11 +80,11 @@ class FrozenPart:
         return features.shape[1:], features.dtype
 
     def _features(self, batch: Batch, part: slice) -> Tensor:
-        images = batch.images[part].to(self.device, non_blocking=True)
+        images = to_device(batch.images[part], self.device)
         if batch.color is None:
             pixels = normalize(images, self.config)
         else:
-            draws = batch.color[part].to(self.device, non_blocking=True)
+            draws = to_device(batch.color[part], self.device)
             pixels = color_jitter(images, draws, self.config)
         pixels = pixels.to(dtype=self.dtype, memory_format=torch.channels_last)
         return self.module(pixels)
@@ -134,7 +135,7 @@ class FeatureSource:
             indices = np.array([key.image for key in keys], dtype=np.int64)
             positions = torch.tensor([key.position for key in keys], dtype=torch.int64)
             features, present = self.store.read(view, indices)
-            features = features.to(self.frozen.device, non_blocking=True)
+            features = to_device(features, self.frozen.device)
             readable = torch.from_numpy(present)
             yield self._feature_batch(
                 features, torch.from_numpy(indices)[readable], positions[readable], number

@@ -4,6 +4,7 @@ All randomness of an image comes from (seed, view, image number): the same image
 has the same pixels in any process, after any number of others.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -15,7 +16,8 @@ from app.ml.preprocessing import PreprocessConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 COLOR_STRENGTH = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation; hue in turns
-LUMA = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def augment(
@@ -73,15 +75,16 @@ def color_jitter(images: Tensor, draws: Tensor, config: PreprocessConfig) -> Ten
     Returns:
         float32 (N, 3, H, W); before standardizing, the values were clamped to 0-1.
     """
+    device = images.device
     pixels = images.flatten(2).float()  # (N, 3, H*W), 0 to 255
-    strength = torch.tensor(COLOR_STRENGTH, device=draws.device)
+    strength = _constant(COLOR_STRENGTH, device)
     brightness, contrast, saturation = (1 + draws * strength)[:, :3].unbind(1)
-    matrix = _saturation_and_hue(saturation, draws[:, 3] * strength[3])  # (N, 3, 3)
+    matrix = _saturation_and_hue(saturation, draws[:, 3] * COLOR_STRENGTH[3])  # (N, 3, 3)
     matrix = matrix * (brightness * contrast / 255).view(-1, 1, 1)
-    mean_gray = pixels.mean(dim=2) @ LUMA.to(draws.device) / 255  # (N,)
+    mean_gray = pixels.mean(dim=2) @ _constant(LUMA, device) / 255  # (N,)
     gray = (1 - contrast) * brightness * mean_gray
-    mean = torch.tensor(config.mean, device=draws.device).view(3, 1)
-    std = torch.tensor(config.std, device=draws.device).view(3, 1)
+    mean = _constant(tuple(config.mean), device).view(3, 1)
+    std = _constant(tuple(config.std), device).view(3, 1)
     offset = (gray.view(-1, 1, 1) - mean) / std  # (N, 3, 1)
     pixels = torch.baddbmm(offset, matrix / std, pixels)
     return pixels.clamp_(-mean / std, (1 - mean) / std).unflatten(2, images.shape[2:])
@@ -89,12 +92,22 @@ def color_jitter(images: Tensor, draws: Tensor, config: PreprocessConfig) -> Ten
 
 def _saturation_and_hue(saturation: Tensor, hue_turns: Tensor) -> Tensor:
     """(N,), (N,) -> (N, 3, 3): YIQ with I and Q scaled by saturation and turned by the hue."""
-    to_yiq = torch.tensor(
-        [[0.299, 0.587, 0.114], [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]],
-        device=saturation.device,
-    )
     cos = (2 * math.pi * hue_turns).cos() * saturation
     sin = (2 * math.pi * hue_turns).sin() * saturation
     zero, one = torch.zeros_like(cos), torch.ones_like(cos)
     turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], dim=1).view(-1, 3, 3)
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    to_yiq, to_rgb = _yiq(saturation.device)
+    return to_rgb @ turn @ to_yiq
+
+
+@functools.cache
+def _yiq(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The matrices from RGB to YIQ and back; inverting one on a GPU would wait for it."""
+    to_yiq = torch.tensor(TO_YIQ)
+    return to_yiq.to(device), torch.linalg.inv(to_yiq).to(device)
+
+
+@functools.cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, sent there once: a copy for each batch would wait for it."""
+    return torch.tensor(values, device=device)
