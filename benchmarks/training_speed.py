@@ -102,16 +102,22 @@ class OurLoop:
     """train_model's own epoch, fed by its own sources; one call is one epoch."""
 
     def __init__(
-        self, config: TrainingConfig, data: FoodData, folder: Path, *, validates: bool = False
+        self,
+        config: TrainingConfig,
+        data: FoodData,
+        folder: Path,
+        *,
+        device: torch.device = CPU,
+        validates: bool = False,
     ) -> None:
         model, frozen, trained = train_model.load_model(
             config, len(data.class_to_idx), pretrained=True
         )
-        self.run = train_model.build_run(config, data, model, trained, CPU)
+        self.run = train_model.build_run(config, data, model, trained, device)
         self.frozen = FrozenPart(
             frozen,
             config.preprocessing,
-            CPU,
+            device,
             DTYPES[self.run.config.precision],
             self.run.micro_batch,
         )
@@ -125,13 +131,18 @@ class OurLoop:
     def epoch(self) -> int:
         run, alone = self.run, Processes()
         reuse_freed_memory()
-        with float32_gradients(run.trained, CPU, self.frozen.dtype):
+        with float32_gradients(run.trained, self.frozen.device, self.frozen.dtype):
             train_model.train_epoch(run, run.trained, self.train_batches, self.checkpointer, alone)
         count = run.progress.count
         if self.validates:
             train_model.validate_epoch(run, self.val_batches, self.checkpointer, alone)
         run.progress.finish_epoch({})
         return count
+
+    def close(self) -> None:
+        """End the readers and free the disk space."""
+        self.train_batches.close()
+        self.val_batches.close()
 
     def averaged(self) -> nn.Module:
         """Return the network with the weights that would be released."""

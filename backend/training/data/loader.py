@@ -9,6 +9,7 @@ import atexit
 import errno
 import functools
 import logging
+import mmap
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,10 +44,37 @@ WORKER_TIMEOUT = 300  # seconds without a batch after which a worker counts as h
 OUTAGE_SECONDS = 30  # how long a disk that has gone is waited for
 OUTAGE_ERRORS = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 OUTAGE_ERRORS |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ECONNABORTED}
-# Python 3.14 defaults to a fork server, which outlives a trainer that is killed, as do its workers.
-START_METHOD = "fork" if sys.platform == "linux" else None
 
 logger = logging.getLogger(__name__)
+
+
+class Flag:
+    """A multiprocessing.Event without its lock, which a worker that is killed may hold for ever.
+
+    PyTorch asks and sets it where it notices that a worker has died: the trainer would hang there.
+    """
+
+    def __init__(self) -> None:
+        self._shared = mmap.mmap(-1, 1)  # with the processes that are forked
+
+    def set(self) -> None:
+        self._shared[0] = 1
+
+    def is_set(self) -> bool:
+        return self._shared[0] == 1
+
+
+# Python 3.14 defaults to a fork server, which outlives a trainer that is killed, as do its workers.
+START_METHOD: BaseContext | None = None
+if sys.platform == "linux":
+
+    class ForkContext(multiprocessing.context.ForkContext):
+        """Forks, and has a flag where others have an event."""
+
+        def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802
+            return Flag()
+
+    START_METHOD = ForkContext()
 
 
 class SampleKey(NamedTuple):

@@ -300,14 +300,55 @@ def test_workers_are_only_as_many_as_shared_memory_has_room_for(
         assert ("--shm-size" in caplog.text) == (fitting < 8)
 
 
+READ_ONE_BY_ONE = """
+import multiprocessing.synchronize, os, signal, sys, torch
+from app.ml.preprocessing import PreprocessConfig
+from training.data.loader import eval_loader
+{before}
+loader = eval_loader({dataset!r}, {config!r}, 1, 1, torch.device("cpu"))
+held = sys.held = iter(loader)
+next(held)
+{after}
+"""
+
+
+def read_one_by_one(dataset: tuple[str, ...], before: str, after: str) -> str:
+    """What a process prints that reads with one worker, when it ends."""
+    script = READ_ONE_BY_ONE.format(before=before, after=after, dataset=dataset, config=CONFIG)
+    environment = os.environ | {"PYTHONPATH": str(BACKEND)}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, env=environment, check=True, timeout=120, capture_output=True, text=True
+    ).stdout
+
+
 def test_a_process_ends_whatever_holds_its_readers(dataset: tuple[str, ...]) -> None:
     """A traceback may; multiprocessing would wait for workers that ignore its SIGTERM."""
-    script = (
-        "import sys, torch\n"
-        "from app.ml.preprocessing import PreprocessConfig\n"
-        "from training.data.loader import eval_loader\n"
-        f"loader = eval_loader({dataset!r}, {CONFIG!r}, 1, 1, torch.device('cpu'))\n"
-        "held = iter(loader); next(held); sys.held = held, loader"
-    )
-    environment = os.environ | {"PYTHONPATH": str(BACKEND)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    assert read_one_by_one(dataset, "", "print('read')") == "read\n"
+
+
+DIE_WITH_THE_LOCK = """
+trainer = os.getpid()
+ask = multiprocessing.synchronize.Event.is_set
+def is_set(event):
+    if os.getpid() == trainer:
+        return ask(event)
+    with event._cond:
+        os.kill(os.getpid(), signal.SIGKILL)
+multiprocessing.synchronize.Event.is_set = is_set
+"""
+SEE_IT_DIE = """
+for child in multiprocessing.active_children():
+    os.kill(child.pid, signal.SIGKILL)
+try:
+    list(held)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others start their workers anew")
+def test_a_killed_reader_holds_no_lock_that_the_trainer_waits_for(dataset: tuple[str, ...]) -> None:
+    """The loader's own event has one: whoever is killed while it asks keeps it."""
+    said = read_one_by_one(dataset, DIE_WITH_THE_LOCK, SEE_IT_DIE)
+    assert "DataLoader worker" in said and "killed by signal" in said
