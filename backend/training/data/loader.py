@@ -71,7 +71,7 @@ if sys.platform == "linux":
     class ForkContext(multiprocessing.context.ForkContext):
         """Forks, and has a flag where others have an event."""
 
-        def Event(self) -> Flag:  # type: ignore[override]  # noqa: N802
+        def Event(self) -> Flag:  # type: ignore[override]
             return Flag()
 
     START_METHOD = ForkContext()
@@ -311,7 +311,8 @@ class ImageLoader:
 
     def _read(self) -> Iterator[Batch]:
         assert self._loader, "closed"
-        for batch in self._loader:
+        batches = iter(self._loader)
+        while (batch := _next_of(batches)) is not None:
             for sample in batch.problems:
                 self._skip(self.paths[sample.key.image], sample)
             yield batch
@@ -335,6 +336,21 @@ class ImageLoader:
         if self._batches:
             self._batches.close()  # type: ignore[attr-defined]  # a generator
         self._loader = None
+
+
+def _next_of(batches: Iterator[Batch]) -> Batch | None:
+    """Take the next batch, if there is one.
+
+    Raises:
+        RuntimeError: a worker died, as PyTorch's own.
+    """
+    try:
+        return next(batches, None)
+    except (ConnectionError, EOFError, FileNotFoundError) as error:
+        # A worker hands over the memory of a batch when the batch is taken. Of its death PyTorch
+        # tells by an error in a signal's handler, which may be late: it had better strike here.
+        time.sleep(5)
+        raise RuntimeError("DataLoader worker died before its batch was taken") from error
 
 
 def eval_loader(
@@ -377,6 +393,8 @@ def _kill_workers() -> None:
 
     At its own exit it sends the daemons SIGTERM, which the workers ignore, and joins them.
     """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error for each
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
