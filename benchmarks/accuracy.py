@@ -44,7 +44,7 @@ from training.release.calibration import (
     probabilities,
     reliability_bins,
 )
-from training.release.release import predict_split, some_of_each
+from training.release.evaluation import predict_split, some_of_each
 
 CPU = torch.device("cpu")
 Z_95 = 1.959964

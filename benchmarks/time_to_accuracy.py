@@ -23,7 +23,7 @@ import train_model
 from app.ml.predictor import TorchNetwork
 from training.config import TrainingConfig
 from training.data.splits import Split
-from training.release.release import predict_split
+from training.release.evaluation import predict_split
 
 
 class Loop(Protocol):

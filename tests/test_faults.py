@@ -43,7 +43,7 @@ from app.ml.predictor import load_model_for_inference
 from training.compute import features
 from training.compute.features import FrozenPart
 from training.data.splits import load_food_data
-from training.release import release
+from training.release import evaluation
 from training.release.release import TrainingResult
 from training.run import checkpointer, checkpoints
 from training.run import record as tracking
@@ -426,8 +426,8 @@ def test_a_reader_killed_in_the_release_leaves_a_run_to_release(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(train_model, "release_model", REAL_RELEASE)
-        patch.setattr(release, "EVAL_BATCH_SIZE", 1)
-        after(patch, release, "normalize", 1, kill_readers)
+        patch.setattr(evaluation, "EVAL_BATCH_SIZE", 1)
+        after(patch, evaluation, "normalize", 2, kill_readers)
         assert train(tmp_path, photos, "--num_workers", "1") == 1
     assert "a process that reads images died" in caplog.messages[-1]
     assert "--resume auto" in caplog.messages[-1]

@@ -14,8 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from app.answers import Answer
 from app.errors import ERRORS, ClientGoneError, errors
 from app.inference import InferenceService, ModelLoadError, ModelMissingError
-from app.ml.artifacts import ModelRecord
-from app.ml.predictor import ClassProbability
+from app.ml.predictor import ClassProbability, FoodPredictor
 from app.nutrition import food_facts, food_table
 from app.schemas import Food, FoodPrediction, Health, ModelInfo, Ready, TopPrediction
 from app.settings import Integer, Settings
@@ -147,17 +146,19 @@ async def food(class_name: str, service: Service) -> Food:
 async def model(service: Service) -> ModelInfo:
     if service.predictor is None:
         raise ModelMissingError(service.problem)
-    return _model_info(service.predictor.record, service.settings)
+    return _model_info(service.predictor, service.settings)
 
 
-def _model_info(record: ModelRecord, settings: Settings) -> ModelInfo:
+def _model_info(predictor: FoodPredictor, settings: Settings) -> ModelInfo:
+    record = predictor.record
     return ModelInfo(
         version=record.version,
+        runtime=predictor.runtime,
         model_name=record.model_name,
         created=record.created,
         classes=record.classes,
         preprocessing=record.preprocessing.to_dict(),
-        metrics=record.metrics,
+        metrics=record.metrics_of(predictor.runtime),
         feedback=settings.feedback_dir is not None,
     )
 

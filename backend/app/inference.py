@@ -118,7 +118,7 @@ class InferenceService:
 
     # Models -----------------------------------------------------------------------------------
 
-    async def load(self, version: int | None = None) -> ModelRecord:
+    async def load(self, version: int | None = None) -> FoodPredictor:
         """Load a version (else the pinned one, else the newest), try it, then serve it.
 
         Raises:
@@ -136,14 +136,19 @@ class InferenceService:
             self.metrics.reloads.labels("loaded").inc()
             self.metrics.model_version.set(predictor.record.version)
             self.predictor = predictor
-        logger.info("model loaded", extra={"fields": {"model_version": predictor.record.version}})
-        return predictor.record
+        fields = {"model_version": predictor.record.version, "runtime": predictor.runtime}
+        logger.info("model loaded", extra={"fields": fields})
+        return predictor
 
     def _load(self, version: int | None) -> FoodPredictor:
         settings = self.settings
         try:
             predictor = load_model_for_inference(
-                settings.model_dir, version, settings.device, num_threads=settings.threads
+                settings.model_dir,
+                version,
+                settings.device,
+                num_threads=settings.threads,
+                runtime=settings.runtime,
             )
             _warm_up(predictor)
         except Exception as error:  # onnxruntime's errors have no common base but this one

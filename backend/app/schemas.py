@@ -83,11 +83,12 @@ class ModelInfo(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
     version: int
+    runtime: Literal["torch", "onnx", "int8"] = Field(description="form of the model that answers")
     model_name: str = Field(examples=["mobilenet_v2"])
     created: str
     classes: list[str]
     preprocessing: dict[str, Any]
-    metrics: dict[str, Any] = Field(description="as evaluated on the test split")
+    metrics: dict[str, Any] = Field(description="of this form, as evaluated on the test split")
     feedback: bool = Field(description="POST /api/v1/feedback takes corrections here")
 
 

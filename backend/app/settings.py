@@ -4,7 +4,7 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_core import PydanticUseDefault
@@ -59,6 +59,9 @@ class Settings(BaseSettings):
         default=None, ge=1, description="serve this version, not the newest"
     )
     device: str = Field(default="cpu", description="where to compute: cpu, cuda, mps")
+    runtime: Literal["auto", "torch", "onnx", "int8"] = Field(
+        default="auto", description="form of the model that answers; auto is the fastest here"
+    )
     workers: Integer = Field(
         default_factory=num_cores, ge=1, le=256, description="photos computed at once"
     )

@@ -16,7 +16,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from tests.support.released import release_model
+from tests.support import standin
+from tests.support.released import release_forms, release_model
 
 from app.errors import ERRORS, OF_NO_ROUTE
 from app.inference import TOP_K
@@ -563,6 +564,65 @@ def test_a_watched_folder_serves_what_is_released(tmp_path: Path) -> None:
         assert version_becomes(client, 1)
         release_model(tmp_path, ["apple_pie", "samosa", "jalebi"], seed=1)
         assert version_becomes(client, 2)
+
+
+@pytest.fixture
+def forms_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Version 1 without an INT8 form, version 2 with one, which counts as faster here."""
+    standin.register()
+    for with_int8 in (False, True):
+        release_forms(tmp_path / "models", ["apple_pie", "samosa", "jalebi"], with_int8=with_int8)
+    monkeypatch.setattr("app.ml.predictor.seconds_per_image", lambda _: {"onnx": 2.0, "int8": 1.0})
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize(
+    ("setting", "runtime"),
+    [("auto", "int8"), ("int8", "int8"), ("onnx", "onnx"), ("torch", "torch")],
+)
+def test_the_form_that_answers_is_chosen_and_said(
+    setting: str, runtime: str, forms_dir: Path
+) -> None:
+    with serve(forms_dir, runtime=setting) as client:
+        info = client.get("/api/v1/model").json()
+        answer = ask(client, encode(plate())).json()
+    assert info["runtime"] == runtime
+    record = read_record(forms_dir)
+    assert info["metrics"] == record.metrics_of(runtime)
+    assert (info["metrics"] == record.metrics) == (runtime != "int8")
+    model = load_model_for_inference(forms_dir, runtime=runtime)
+    expected = model.predict(encode(plate()))
+    assert answer["confidence"] == pytest.approx(expected.top[0].probability, abs=1e-5)
+    assert answer["verdict"] == expected.verdict == ("confident" if runtime == "int8" else "unsure")
+
+
+def test_versions_with_and_without_the_int8_form_replace_each_other_under_load(
+    forms_dir: Path,
+) -> None:
+    photo, stop = encode(plate()), threading.Event()
+
+    def keep_asking(client: TestClient) -> set[int]:
+        statuses = set()
+        while not stop.is_set():
+            statuses.add(ask(client, photo).status_code)
+        return statuses
+
+    with serve(forms_dir, reload_token=TOKEN, workers=2) as client, ThreadPoolExecutor(4) as people:
+        asking = [people.submit(keep_asking, client) for _ in range(4)]
+        for version, runtime in ((1, "onnx"), (2, "int8"), (1, "onnx"), (2, "int8")):
+            info = reload(client, version=version).json()
+            assert (info["version"], info["runtime"]) == (version, runtime)
+        stop.set()
+        assert {status for future in asking for status in future.result()} == {200}
+
+
+def test_a_version_without_the_form_that_was_chosen_is_not_served(forms_dir: Path) -> None:
+    missing = "version 1 in models has no int8 form; it has: torch, onnx"
+    with serve(forms_dir, runtime="int8", reload_token=TOKEN) as client:
+        error = assert_error(reload(client, version=1), 409, "model_rejected")
+        assert error["detail"] == f"{missing}; version 2 keeps serving"
+    with serve(forms_dir, runtime="int8", model_version=1) as client:
+        assert missing in client.get("/ready").json()["detail"]
 
 
 def test_the_model_is_described(client: TestClient) -> None:

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from app.ml.machine import num_cores
+from app.ml.predictor import Runtime
 from app.settings import ENV_PREFIX, Settings, SettingsError, load_settings
 
 BACKEND = Path(__file__).resolve().parents[2] / "backend"
@@ -35,6 +37,12 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert settings.model_dir == BACKEND.parent / "ml-models"
 
 
+def test_every_form_of_a_model_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded(monkeypatch).runtime == "auto"
+    for runtime in get_args(Runtime):
+        assert loaded(monkeypatch, RUNTIME=runtime).runtime == runtime
+
+
 def test_there_are_as_many_workers_as_cores_that_may_be_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -55,6 +63,7 @@ def test_there_are_as_many_workers_as_cores_that_may_be_used(
         *(("UPLOAD_TIMEOUT_SECONDS", value) for value in ("0", "nan", "inf", "1_0", "soon")),
         ("RELOAD_POLL_SECONDS", "-0.1"),
         ("DEVICE", "gpu"),
+        ("RUNTIME", "int4"),
         ("RELOAD_TOKEN", "hunter2"),
         ("MODEL_VERSION", "newest"),
         *(

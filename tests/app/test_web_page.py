@@ -39,7 +39,7 @@ def test_a_chosen_photo_is_answered(visit: Open, url: str) -> None:
     assert page.inner_text("#verdict").startswith("Not sure")
     assert page.locator("#guesses li").count() == 3
     assert page.locator("#preview").is_visible()
-    assert "Model version 1, 4 dishes" in page.inner_text("footer")
+    assert "Model version 1 (PyTorch), 4 dishes" in page.inner_text("footer")
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])

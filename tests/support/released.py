@@ -1,18 +1,23 @@
 """Released models for the tests that load, serve and compare them."""
 
+import dataclasses
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from tests.support import standin
 from torch import nn
 
 from app.ml.artifacts import (
     CENTROIDS,
     FORMAT_VERSION,
+    INT8,
+    ONNX,
     WEIGHTS,
     Decision,
     ModelRecord,
     NewVersion,
+    OwnAnswers,
     new_version,
     state_bytes,
 )
@@ -51,6 +56,32 @@ def release_model(
         version.write(WEIGHTS, state_bytes(model.state_dict()))
         version.write(CENTROIDS, state_bytes(centroids))
         record = record_of(version, model_name, classes, decision)
+        version.write_record(record)
+    return record
+
+
+def release_forms(output_dir: Path, classes: list[str], *, with_int8: bool = True) -> ModelRecord:
+    """Release the stand-in in each form; the one read as INT8 is another network, to be told by its
+    answers. Needs the stand-in to be registered."""
+    from training.release.export import onnx_bytes
+
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks.append(build_model(standin.NAME, len(classes)))
+        nn.init.normal_(head_linear(networks[-1], standin.NAME).weight, std=1.0)
+    plain, other = (onnx_bytes(network.eval(), standin.NAME, 32) for network in networks)
+    own = OwnAnswers(Decision(2.0, confident_at=0.1, food_at=-0.9), {"top1": 0.75})
+    with new_version(output_dir) as version:
+        version.write(WEIGHTS, state_bytes(networks[0].state_dict()))
+        version.write(ONNX, plain)
+        version.write(CENTROIDS, state_bytes(nn.functional.normalize(torch.rand(len(classes), 64))))
+        if with_int8:
+            version.write(INT8, other)
+            centroids = nn.functional.normalize(torch.rand(len(classes), 64))
+            version.write(f".int8{CENTROIDS}", state_bytes(centroids))
+        record = record_of(version, standin.NAME, classes, Decision(1.0, 1.1, food_at=-1.0))
+        record = dataclasses.replace(record, forms={"int8": own} if with_int8 else {})
         version.write_record(record)
     return record
 

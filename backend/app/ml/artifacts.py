@@ -3,8 +3,10 @@
 Version N is `food_model_vN.pth` (the plain state_dict), `food_model_vN.onnx` (the same network for
 onnxruntime), `food_model_vN.centroids.pth` (what each class looks like to the head, to tell dishes
 from other things), `food_model_vN.json` (its record, written once) and the folder `food_model_vN`
-(its report). `class_to_idx.json` and `model_config.json` repeat the record of the current version.
-A version exists if and only if its record does, which is the last of its files to appear.
+(its report). `food_model_vN.int8.onnx` is the network in 8-bit integers, where that is as good; its
+answers are its own, and so are `food_model_vN.int8.centroids.pth`. `class_to_idx.json` and
+`model_config.json` repeat the record of the current version. A version exists if and only if its
+record does, which is the last of its files to appear.
 """
 
 import hashlib
@@ -34,7 +36,8 @@ CONFIG_NAME = "model_config.json"
 LOCK_NAME = ".release.lock"
 STAGING = ".staging-"  # + a random name: a version in the making
 PUBLISHING = ".publishing-v"  # + N: the files of version N are being put in place
-WEIGHTS, ONNX, CENTROIDS = ".pth", ".onnx", ".centroids.pth"  # suffixes of a version's files
+# Suffixes of a version's files.
+WEIGHTS, ONNX, INT8, CENTROIDS = ".pth", ".onnx", ".int8.onnx", ".centroids.pth"
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,7 @@ class ArtifactError(RuntimeError):
 
 
 class NoModelError(ArtifactError):
-    """The folder holds no released model, or not the version asked for."""
+    """The folder holds no released model, or not the version or the form asked for."""
 
 
 class DamagedArtifactError(ArtifactError):
@@ -71,11 +74,24 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class OwnAnswers:
+    """What was fitted and measured on the answers of one form, which are its own.
+
+    metrics: those of the record that differ.
+    """
+
+    decision: Decision
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class ModelRecord:
     """Everything about one version but its weights; written to disk as JSON.
 
-    sha256: file name -> checksum of the version's .pth, .onnx and .centroids.pth.
+    decision, metrics: of the plain network, in each form that reproduces its logits.
+    sha256: file name -> checksum of the version's .pth, .onnx, .centroids.pth and so on.
     metrics, training, libraries: for people and tools; nothing is rebuilt from them.
+    forms: runtime -> what is different for the form that it reads. Not in the JSON if empty.
     """
 
     format_version: int
@@ -89,14 +105,26 @@ class ModelRecord:
     training: dict[str, Any]
     libraries: dict[str, str]
     created: str
+    forms: dict[str, OwnAnswers] = field(default_factory=dict)
 
     @property
     def classes(self) -> list[str]:
         """Return the class names in the order of the logits."""
         return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
 
+    def decision_of(self, runtime: str) -> Decision:
+        """Return how the logits that this runtime computes become an answer."""
+        return self.forms[runtime].decision if runtime in self.forms else self.decision
+
+    def metrics_of(self, runtime: str) -> dict[str, Any]:
+        """Return the metrics of the form that this runtime reads."""
+        own = self.forms[runtime].metrics if runtime in self.forms else {}
+        return {**self.metrics, **own}
+
     def to_json(self) -> str:
         values = {**asdict(self), "preprocessing": self.preprocessing.to_dict()}
+        if not self.forms:
+            del values["forms"]
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -114,17 +142,23 @@ class ModelRecord:
             raise ValueError(
                 f"format version {values.get('format_version')}; this code reads {FORMAT_VERSION}"
             )
+        values = {"forms": {}, **values}
         known = {item.name for item in fields(cls)}
         if wrong := known ^ values.keys():
             raise ValueError(f"missing or unknown keys: {', '.join(sorted(wrong))}")
         values["preprocessing"] = PreprocessConfig.from_dict(values["preprocessing"])
         values["decision"] = Decision(**values["decision"])
+        values["forms"] = {runtime: _own_answers(**own) for runtime, own in values["forms"].items()}
         record = cls(**values)
         if record.model_name not in BACKBONES:
             raise ValueError(f"unknown backbone {record.model_name!r}")
         if sorted(record.class_to_idx.values()) != list(range(len(record.class_to_idx))):
             raise ValueError("class_to_idx does not number the classes 0 to n-1")
         return record
+
+
+def _own_answers(decision: dict[str, Any], metrics: dict[str, Any]) -> OwnAnswers:
+    return OwnAnswers(Decision(**decision), metrics)
 
 
 def file_name(version: int, suffix: str) -> str:
@@ -139,8 +173,9 @@ def onnx_name(version: int) -> str:
     return file_name(version, ONNX)
 
 
-def centroids_name(version: int) -> str:
-    return file_name(version, CENTROIDS)
+def centroids_name(version: int, runtime: str = "") -> str:
+    """Name the centroids of the plain network, or those of a form that has its own."""
+    return file_name(version, f".{runtime}{CENTROIDS}" if runtime else CENTROIDS)
 
 
 def record_name(version: int) -> str:
@@ -235,9 +270,10 @@ def read_state(model_dir: Path, record: ModelRecord) -> dict[str, Tensor]:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def read_centroids(model_dir: Path, record: ModelRecord) -> Tensor:
-    """Read the version's class centroids, unit vectors: (num_classes, num_features)."""
-    data = read_checked(model_dir, centroids_name(record.version), record)
+def read_centroids(model_dir: Path, record: ModelRecord, runtime: str = "torch") -> Tensor:
+    """Read a form's class centroids, unit vectors: (num_classes, num_features)."""
+    name = centroids_name(record.version, runtime if runtime in record.forms else "")
+    data = read_checked(model_dir, name, record)
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -271,8 +307,14 @@ class NewVersion:
     def write(self, suffix: str, data: bytes | memoryview) -> None:
         """Write one of the version's files, which its record will name with its checksum."""
         name = file_name(self.number, suffix)
-        self.sha256[name] = hashlib.sha256(data).hexdigest()
         write_durably(self.folder / name, data)
+        self.sha256[name] = hashlib.sha256(data).hexdigest()
+
+    def remove(self, suffix: str) -> None:
+        """Remove one of the version's files again, if it was written."""
+        name = file_name(self.number, suffix)
+        self.sha256.pop(name, None)
+        (self.folder / name).unlink(missing_ok=True)
 
     def write_record(self, record: ModelRecord) -> None:
         """Write the record; from now on the version can be loaded from the staging folder."""

@@ -4,18 +4,24 @@
 """
 
 import os
+import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from app.ml.artifacts import (
+    INT8,
+    ONNX,
+    WEIGHTS,
     DamagedArtifactError,
     ModelRecord,
-    onnx_name,
+    NoModelError,
+    file_name,
     read_centroids,
     read_checked,
     read_record,
@@ -26,7 +32,10 @@ from app.ml.model import ServedNetwork, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
 Verdict = Literal["confident", "unsure", "not_food"]
-Runtime = Literal["torch", "onnx"]  # what can run a form of the model
+Runtime = Literal["torch", "onnx", "int8"]  # what can run a form of the model
+FORM_SUFFIXES: dict[Runtime, str] = {"torch": WEIGHTS, "onnx": ONNX, "int8": INT8}
+TIMED_SECONDS = 0.06  # spent on each form to find the fastest
+CLEARLY_FASTER = 1.1  # less may be chance, and answers should not change from start to start
 
 
 class ClassProbability(NamedTuple):
@@ -48,11 +57,17 @@ class FoodPredictor:
     """A loaded model; safe to call from several threads at once."""
 
     def __init__(
-        self, record: ModelRecord, network: "TorchNetwork | OnnxNetwork", centroids: Tensor
+        self,
+        record: ModelRecord,
+        network: "TorchNetwork | OnnxNetwork",
+        centroids: Tensor,
+        runtime: Runtime = "torch",
     ) -> None:
         self.record = record
         self.network = network
         self.centroids = centroids  # unit vectors, (num_classes, num_features)
+        self.runtime = runtime
+        self.decision = record.decision_of(runtime)
         self.classes = record.classes
         self._transform = EvalTransform(record.preprocessing)
 
@@ -81,7 +96,7 @@ class FoodPredictor:
         if not 1 <= top_k <= len(self.classes):
             raise ValueError(f"top_k must be 1 to {len(self.classes)}, not {top_k}")
         logits, pooled = self.network(normalize(images, self.record.preprocessing))
-        probabilities = (logits / self.record.decision.temperature).softmax(dim=1)
+        probabilities = (logits / self.decision.temperature).softmax(dim=1)
         similarities = nearest_centroid(pooled, self.centroids).tolist()
         top = probabilities.topk(top_k, dim=1)
         return [
@@ -93,10 +108,10 @@ class FoodPredictor:
 
     def _prediction(self, values: list[float], indices: list[int], similarity: float) -> Prediction:
         top = [ClassProbability(self.classes[i], p) for i, p in zip(indices, values, strict=True)]
-        decision = self.record.decision
-        if similarity < decision.food_at:
+        if similarity < self.decision.food_at:
             return Prediction(top, "not_food")
-        return Prediction(top, "confident" if values[0] >= decision.confident_at else "unsure")
+        is_sure = values[0] >= self.decision.confident_at
+        return Prediction(top, "confident" if is_sure else "unsure")
 
 
 def load_model_for_inference(
@@ -111,22 +126,84 @@ def load_model_for_inference(
 
     device: where to compute; the CPU if not given. num_threads: cores for one call, all that this
     process may use if not given; PyTorch has one such number for the whole process, which is left
-    alone. runtime: on a CPU "auto" runs the ONNX form, which is faster, if the version has one.
+    alone. runtime: "onnx" and "int8" compute on the CPU; "auto" takes the fastest there, as
+    `fastest` measures it, and PyTorch on other devices.
 
     Raises:
-        NoModelError: nothing released in model_dir, or not that version.
+        NoModelError: nothing released in model_dir, or not that version, or not in that form.
         DamagedArtifactError: a file is missing, changed, or does not fit the others.
     """
     model_dir, device = Path(model_dir), torch.device(device or "cpu")
     record = read_record(model_dir, version)
-    centroids = read_centroids(model_dir, record)
-    onnx_file = onnx_name(record.version)
-    has_onnx = device.type == "cpu" and onnx_file in record.sha256
-    if runtime == "onnx" or (runtime == "auto" and has_onnx):
-        network = OnnxNetwork(read_checked(model_dir, onnx_file, record), num_threads)
-        return FoodPredictor(record, network, centroids)
-    model = _build(model_dir, record)
-    return FoodPredictor(record, TorchNetwork(model, record.model_name, device), centroids)
+    forms = forms_of(record)
+    if runtime == "auto":
+        on_cpu: list[Runtime] = [form for form in forms if form != "torch"]
+        candidates = on_cpu if on_cpu and device.type == "cpu" else forms[:1]
+    elif runtime in forms:
+        candidates = [runtime]
+    else:
+        raise NoModelError(
+            f"version {record.version} in {model_dir} has no {runtime} form; "
+            f"it has: {', '.join(forms)}"
+        )
+    return fastest([_load_form(model_dir, record, c, device, num_threads) for c in candidates])
+
+
+def forms_of(record: ModelRecord) -> list[Runtime]:
+    """List the runtimes for which the version has a form."""
+    return [
+        runtime
+        for runtime in get_args(Runtime)
+        if file_name(record.version, FORM_SUFFIXES[runtime]) in record.sha256
+    ]
+
+
+def _load_form(
+    model_dir: Path,
+    record: ModelRecord,
+    runtime: Runtime,
+    device: torch.device,
+    num_threads: int | None,
+) -> FoodPredictor:
+    network: TorchNetwork | OnnxNetwork
+    if runtime == "torch":
+        network = TorchNetwork(_build(model_dir, record), record.model_name, device)
+    else:
+        name = file_name(record.version, FORM_SUFFIXES[runtime])
+        network = OnnxNetwork(read_checked(model_dir, name, record), num_threads)
+    return FoodPredictor(record, network, read_centroids(model_dir, record, runtime), runtime)
+
+
+def fastest(predictors: list[FoodPredictor]) -> FoodPredictor:
+    """Return the one whose network answers one image fastest; the first, unless one is clearly so.
+
+    Which form that is depends on the CPU's instructions: without those for 8-bit integers (AVX-512
+    VNNI, AMX, ARM's dot product) INT8 may be the slowest.
+    """
+    best = predictors[0]
+    if len(predictors) > 1:
+        seconds = seconds_per_image(predictors)
+        for predictor in predictors[1:]:
+            if seconds[predictor.runtime] * CLEARLY_FASTER < seconds[best.runtime]:
+                best = predictor
+    return best
+
+
+def seconds_per_image(predictors: list[FoodPredictor]) -> dict[Runtime, float]:
+    """Time each network on one image, in turn; medians, as other work on the machine comes and
+    goes."""
+    crop = predictors[0].record.preprocessing.crop
+    image = torch.zeros(1, 3, crop, crop)
+    times: dict[Runtime, list[float]] = {predictor.runtime: [] for predictor in predictors}
+    for predictor in predictors:
+        predictor.network(image)  # the first call is slower
+    began = time.perf_counter()
+    while time.perf_counter() - began < TIMED_SECONDS * len(predictors):
+        for predictor in predictors:
+            called = time.perf_counter()
+            predictor.network(image)
+            times[predictor.runtime].append(time.perf_counter() - called)
+    return {runtime: statistics.median(measured) for runtime, measured in times.items()}
 
 
 def predict_image(
@@ -197,6 +274,9 @@ class OnnxNetwork:
         options.intra_op_num_threads = num_threads or num_cores()
         # A thread that spins while it waits takes the core that another one needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A CPU without VNNI adds pairs of products in 16 bits, which overflow: it shall compute
+        # more slowly instead, and answer as the others.
+        options.add_session_config_entry("session.x64quantprecision", "1")
         self.session: Any = onnxruntime.InferenceSession(
             model, options, providers=["CPUExecutionProvider"]
         )

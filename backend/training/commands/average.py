@@ -25,8 +25,9 @@ from training.data.loader import default_num_workers
 from training.data.manifest import MANIFEST_NAME, read_manifest
 from training.data.splits import FoodData, Split
 from training.errors import CheckpointError, ConfigError
+from training.release.evaluation import predict_split
 from training.release.metrics import evaluate
-from training.release.release import Averaged, TrainingResult, predict_split, release_model
+from training.release.release import Averaged, TrainingResult, release_model
 from training.run.resume import finished_version
 from training.run.state import EarlyStopping
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from app.ml.artifacts import ArtifactError, ModelRecord, read_record, report_folder_name
 from training.release.calibration import Bin, calibration_error, reliability_bins
-from training.release.metrics import PREDICTIONS_NAME, wilson_interval
+from training.release.metrics import PREDICTIONS_NAME, mcnemar_p, wilson_interval
 from training.release.report import PICTURES_SHOWN, with_thumbnail, write_page
 from training.release.tables import read_table
 
@@ -197,17 +197,6 @@ def compare(old: VersionTest, new: VersionTest) -> Comparison:
         "settings": _other_settings(old.record, new.record),
         "notes": _notes(old, new, shared, paths),
     }
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """Compute the chance of a split at least as lopsided if each flip were a fair coin toss.
-
-    McNemar's test (1947, Psychometrika 12:153) in its exact, two-sided, binomial form; Dietterich
-    (1998, Neural Computation 10:1895) advises it for two classifiers and one test set.
-    """
-    from scipy.stats import binomtest  # takes seconds, which other commands should not pay
-
-    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def paired_interval(gained: int, lost: int, total: int) -> tuple[float, float]:

@@ -7,30 +7,61 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import ONNX, WEIGHTS, state_bytes
+from app.ml.artifacts import SaveError, state_bytes
 from app.ml.model import ServedNetwork, inference_copy
 from app.ml.predictor import Runtime, load_model_for_inference
 from app.ml.preprocessing import PreprocessConfig
 from training.errors import VerificationError
+from training.release.quantization import quantize
 
 
-def export_state(model: nn.Module, _name: str, _config: PreprocessConfig) -> memoryview:
+@dataclass(frozen=True)
+class Source:
+    """What the forms of a model are made from.
+
+    calibration: training images, uint8 (N, 3, crop, crop).
+    """
+
+    model: nn.Module
+    model_name: str
+    preprocessing: PreprocessConfig
+    calibration: Tensor
+
+    @cached_property
+    def onnx(self) -> bytes:
+        """The ONNX form, from which others are made."""
+        return onnx_bytes(self.model, self.model_name, self.preprocessing.crop)
+
+
+def export_state(source: Source) -> memoryview:
     """Write the plain state_dict, loadable without this project."""
-    return state_bytes({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    state = source.model.state_dict()
+    return state_bytes({name: tensor.contiguous() for name, tensor in state.items()})
 
 
-def export_onnx(model: nn.Module, model_name: str, config: PreprocessConfig) -> bytes:
+def export_onnx(source: Source) -> bytes:
     """Write the network, batch-norm folded: images (N, 3, crop, crop) to logits and features."""
+    return source.onnx
+
+
+def export_int8(source: Source) -> bytes:
+    """Write the same in 8-bit integers, which changes the answers a little."""
+    return quantize(source.onnx, source.calibration, source.preprocessing)
+
+
+def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
+    """Trace the network as it is served."""
     served = ServedNetwork(model, model_name)
     network = inference_copy(served, torch.device("cpu"), torch.float32)
     network = network.to(memory_format=torch.contiguous_format)
-    example = torch.zeros(2, 3, config.crop, config.crop)
+    example = torch.zeros(2, 3, crop, crop)
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
     with warnings.catch_warnings():
         # torch calls this exporter the legacy one. For these networks it gives the same graph as
@@ -53,33 +84,69 @@ def export_onnx(model: nn.Module, model_name: str, config: PreprocessConfig) -> 
 class Format:
     """One form of the model.
 
-    suffix: of its file's name. tolerance: how far its logits may be from the trained network's.
+    tolerance: how far its logits may be from the trained network's, or, if its answers are its own,
+    from those it gave when they were judged. has_own_answers: it is measured and calibrated by
+    itself, and released where it is as good as the plain network.
     """
 
-    suffix: str
-    export: Callable[[nn.Module, str, PreprocessConfig], bytes | memoryview]
+    export: Callable[[Source], bytes | memoryview]
     tolerance: float
+    has_own_answers: bool = False
 
 
+Forms = dict[Runtime, bytes | memoryview]
 FORMATS: dict[Runtime, Format] = {
-    "torch": Format(WEIGHTS, export_state, tolerance=0.0),
-    "onnx": Format(ONNX, export_onnx, tolerance=1e-3),
+    "torch": Format(export_state, tolerance=0.0),
+    "onnx": Format(export_onnx, tolerance=1e-3),
+    "int8": Format(export_int8, tolerance=1e-3, has_own_answers=True),
 }
 
 
-def check_logits(folder: Path, version: int, images: Tensor, expected: Tensor) -> None:
-    """Load a version in each of its forms; all must give these logits.
+def export_forms(source: Source) -> tuple[Forms, dict[Runtime, str]]:
+    """Write the model in every form; return them, and why one with answers of its own is missing.
 
-    images: uint8 (N, 3, crop, crop). expected: (N, C).
+    Raises:
+        SaveError: another one cannot be written.
+    """
+    forms: Forms = {}
+    missing: dict[Runtime, str] = {}
+    for runtime, form in FORMATS.items():
+        try:
+            forms[runtime] = form.export(source)
+        except Exception as error:
+            reason = reason_of(error)
+            if not form.has_own_answers:
+                raise SaveError(
+                    f"the model could not be written for {runtime}: {reason}; earlier versions are "
+                    "untouched"
+                ) from error
+            missing[runtime] = f"it could not be made: {reason}"
+    return forms, missing
+
+
+def reason_of(error: Exception) -> str:
+    """Say what went wrong, in one line."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_logits(
+    folder: Path, version: int, images: Tensor, expected: dict[Runtime, Tensor]
+) -> None:
+    """Load a version in each of these forms, which must give these logits.
+
+    images: uint8 (N, 3, crop, crop). expected: (N, C) each.
 
     Raises:
         VerificationError: one gives others.
     """
-    for runtime, form in FORMATS.items():
+    for runtime, wanted in expected.items():
         logits = load_model_for_inference(folder, version, runtime=runtime).logits(images)
-        difference = float((logits - expected).abs().max())
-        if not difference <= form.tolerance:  # nor may it be NaN
+        difference = float((logits - wanted).abs().max())
+        allowed = FORMATS[runtime].tolerance
+        if not difference <= allowed:  # nor may it be NaN
             raise VerificationError(
                 f"the saved model ({runtime}) does not reproduce the logits of the trained one: "
-                f"they differ by up to {difference:.2g}, allowed is {form.tolerance:g}"
+                f"they differ by up to {difference:.2g}, allowed is {allowed:g}"
             )

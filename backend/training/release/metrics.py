@@ -146,6 +146,17 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return min(share, float(low)), max(share, float(high))
 
 
+def mcnemar_p(gained: int, lost: int) -> float:
+    """Compute the chance of a split at least as lopsided if each flip were a fair coin toss.
+
+    McNemar's test (1947, Psychometrika 12:153) in its exact, two-sided, binomial form; Dietterich
+    (1998, Neural Computation 10:1895) advises it for two classifiers and one test set.
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
 def _check_classes(classes: Sequence[str], logits: np.ndarray) -> None:
     if len(classes) != logits.shape[1]:
         raise ValueError(

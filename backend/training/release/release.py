@@ -1,16 +1,17 @@
 """From trained weights to a released version: calibrate, test once, save, verify, report."""
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,44 +19,33 @@ from app.ml.artifacts import (
     CENTROIDS,
     FORMAT_VERSION,
     DamagedArtifactError,
-    Decision,
     ModelRecord,
     NewVersion,
-    SaveError,
+    OwnAnswers,
     list_versions,
     make_current,
     new_version,
     read_record,
     state_bytes,
 )
-from app.ml.predictor import TorchNetwork, nearest_centroid
-from app.ml.preprocessing import PreprocessConfig, normalize
+from app.ml.predictor import FORM_SUFFIXES, OnnxNetwork, Runtime, TorchNetwork, forms_of
+from app.ml.preprocessing import normalize
 from training.config import TrainingConfig
-from training.data.loader import eval_loader
-from training.data.splits import FoodData, Split
-from training.release.calibration import (
-    VerdictShare,
-    class_centroids,
-    fit_decision,
-    verdict_shares,
-)
+from training.data.splits import FoodData
 from training.release.confusion import write_confusion_matrix
-from training.release.export import FORMATS, check_logits
-from training.release.metrics import (
-    PREDICTION_COLUMNS,
-    PREDICTIONS_NAME,
-    PredictionRow,
-    Results,
-    evaluate,
-    prediction_rows,
+from training.release.evaluation import (
+    Evaluation,
+    FormEvaluation,
+    evaluate_model,
+    read_images,
 )
-from training.release.report import ReportFacts, write_model_card, write_report
+from training.release.export import check_logits, reason_of
+from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME, Results
+from training.release.report import FormFacts, ReportFacts, write_model_card, write_report
 from training.release.tables import write_table
 
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "scipy")
-EVAL_BATCH_SIZE = 64
+LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "scipy", "onnxruntime")
 VERIFY_IMAGES = 32
-CENTROID_IMAGES = 100  # of each class, to find its center
 
 logger = logging.getLogger(__name__)
 
@@ -87,33 +77,6 @@ class TrainingResult:
     averaged: Averaged | None = None
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What the network gives for a split's readable images.
-
-    paths: N. labels: (N,). logits: (N, C). pooled: (N, num_features), what the head saw.
-    """
-
-    paths: list[str]
-    labels: np.ndarray
-    logits: np.ndarray
-    pooled: Tensor
-    skipped: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What calibration and the test found: all that is released beside the weights."""
-
-    preprocessing: PreprocessConfig
-    decision: Decision
-    centroids: Tensor
-    results: Results
-    rows: list[PredictionRow]
-    verdicts: dict[str, dict[str, VerdictShare]]
-    skipped: dict[str, str]
-
-
 def release_model(
     model: nn.Module, data: FoodData, result: TrainingResult, device: torch.device
 ) -> ModelRecord:
@@ -127,71 +90,49 @@ def release_model(
         make_current(config.output_dir, record)
         return record
     model = model.cpu().eval()
-    evaluation = evaluate_model(model, data, result, device)
+    evaluation = evaluate_model(model, data, config, result.num_workers, device)
+    began = time.perf_counter()
     with new_version(config.output_dir) as version:
-        for form in FORMATS.values():
-            exported = form.export(model, config.model_name, evaluation.preprocessing)
-            version.write(form.suffix, exported)
-        version.write(CENTROIDS, state_bytes(evaluation.centroids))
+        evaluation = write_forms(version, evaluation)
         record = make_record(version, data, result, evaluation)
         version.write_record(record)
         write_reports(version.report_folder, record, data, result, evaluation)
         verify(version, model, evaluation)
+    log_seconds({**evaluation.seconds, "saving": time.perf_counter() - began})
     return record
 
 
-def evaluate_model(
-    model: nn.Module, data: FoodData, result: TrainingResult, device: torch.device
-) -> Evaluation:
-    """Fit on the validation split how logits become an answer, then test once.
+def write_forms(version: NewVersion, evaluation: Evaluation) -> Evaluation:
+    """Write the model's files; a form with answers of its own that finds no room is left out.
 
-    Raises:
-        SaveError: a split has no readable image, or memory is short.
+    Returns the evaluation of what was written.
     """
-    model_name = result.config.model_name
-    preprocessing = result.config.preprocessing
-    network = TorchNetwork(model, model_name, device)
-
-    def predicted(split: Split) -> Predictions:
-        return predict_split(network, split, preprocessing, result.num_workers, device)
-
-    with _memory_shortage_explained():
-        logger.info("calibrating on %d validation images", len(data.val))
-        val, known = predicted(data.val), predicted(some_of_each(data.train))
-        centroids = class_centroids(known.pooled, known.labels, len(data.class_to_idx))
-
-        def scored(split: Predictions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            return split.logits, split.labels, nearest_centroid(split.pooled, centroids).numpy()
-
-        decision = fit_decision(*scored(val))
-        logger.info("testing on %d images", len(data.test))
-        test, temperature = predicted(data.test), decision.temperature
-        classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
-        return Evaluation(
-            preprocessing=preprocessing,
-            decision=decision,
-            centroids=centroids,
-            results=evaluate(test.logits, test.labels, classes, temperature=temperature),
-            rows=prediction_rows(test.paths, test.labels, test.logits, classes, temperature),
-            verdicts={
-                "validation": verdict_shares(decision, *scored(val)),
-                "test": verdict_shares(decision, *scored(test)),
-            },
-            skipped={**result.skipped, **val.skipped, **test.skipped},
-        )
+    for runtime, data in evaluation.forms.items():
+        if runtime not in evaluation.own:
+            version.write(FORM_SUFFIXES[runtime], data)
+    version.write(CENTROIDS, state_bytes(evaluation.plain.fit.centroids))
+    own, missing = dict(evaluation.own), dict(evaluation.missing)
+    for runtime, form in evaluation.own.items():
+        files = {
+            FORM_SUFFIXES[runtime]: evaluation.forms[runtime],
+            f".{runtime}{CENTROIDS}": state_bytes(form.fit.centroids),
+        }
+        try:
+            for suffix, data in files.items():
+                version.write(suffix, data)
+        except (OSError, MemoryError) as error:
+            for suffix in files:
+                version.remove(suffix)
+            del own[runtime]
+            missing[runtime] = f"it could not be saved: {reason_of(error)}"
+            logger.warning("no %s form: %s", runtime, missing[runtime])
+    return dataclasses.replace(evaluation, own=own, missing=missing)
 
 
-@contextlib.contextmanager
-def _memory_shortage_explained() -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # torch says only in words that the CPU's memory is short
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "DefaultCPUAllocator" not in str(error)
-        ):
-            raise
-        raise SaveError("not enough memory to test the model; free some, or add swap") from error
+def log_seconds(seconds: dict[str, float]) -> None:
+    """Log what each phase of the release took."""
+    phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())
+    logger.info("released in %.1f s: %s", sum(seconds.values()), phases)
 
 
 def make_record(
@@ -204,9 +145,9 @@ def make_record(
         model_name=result.config.model_name,
         class_to_idx=data.class_to_idx,
         preprocessing=evaluation.preprocessing,
-        decision=evaluation.decision,
+        decision=evaluation.plain.fit.decision,
         sha256=version.sha256,
-        metrics=_metrics(evaluation.results, result),
+        metrics={**_test_metrics(evaluation.plain.results), **_validation(result)},
         training={
             "run": result.run_name,
             "epochs_done": len(result.history),
@@ -215,10 +156,14 @@ def make_record(
         },
         libraries=library_versions(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        forms={
+            runtime: OwnAnswers(form.fit.decision, _test_metrics(form.results))
+            for runtime, form in evaluation.own.items()
+        },
     )
 
 
-def _metrics(results: Results, result: TrainingResult) -> dict[str, Any]:
+def _test_metrics(results: Results) -> dict[str, Any]:
     return {
         "test_top1": results["top1"],
         "test_top1_ci95": results["top1_ci95"],
@@ -227,7 +172,6 @@ def _metrics(results: Results, result: TrainingResult) -> dict[str, Any]:
         "test_loss": results["loss"],
         "test_ece": results["calibration"]["ece_after"],
         "test_images": results["num_images"],
-        **_validation(result),
     }
 
 
@@ -247,10 +191,12 @@ def write_reports(
     evaluation: Evaluation,
 ) -> None:
     """Fill the version's report folder."""
-    results, rows = evaluation.results, evaluation.rows
+    results, rows = evaluation.plain.results, evaluation.rows
     facts = report_facts(record, data, result, evaluation)
+    about = {"verdicts": evaluation.plain.verdicts, "run": result.run_name}
+    about["forms"] = {row["name"]: row for row in facts["forms"]}
     (folder / "evaluation_results.json").write_text(
-        _results_json({"verdicts": evaluation.verdicts, "run": result.run_name, **results}),
+        _results_json({**about, **results}),
         encoding="utf-8",
         errors="backslashreplace",
     )
@@ -283,13 +229,19 @@ def _skipped_if_it_fails(path: Path) -> Iterator[Path]:
 
 
 def verify(version: NewVersion, model: nn.Module, evaluation: Evaluation) -> None:
-    """Compare the saved version with the trained network; see `check_logits`."""
+    """Compare each saved form with what it was made from; see `check_logits`."""
     assert version.record
     paths = tuple(row["file"] for row in evaluation.rows[:VERIFY_IMAGES])
-    images = _read(paths, evaluation.preprocessing)
-    plain = TorchNetwork(model, version.record.model_name, torch.device("cpu"))
-    expected, _ = plain(normalize(images, evaluation.preprocessing))
-    check_logits(version.folder, version.number, images, expected)
+    pixels = read_images(paths, evaluation.preprocessing)
+    images = normalize(pixels, evaluation.preprocessing)
+    trained = TorchNetwork(model, version.record.model_name, torch.device("cpu"))(images)[0]
+    expected: dict[Runtime, Tensor] = {}
+    for runtime in forms_of(version.record):
+        own = runtime in evaluation.own
+        expected[runtime] = (
+            OnnxNetwork(bytes(evaluation.forms[runtime]), None)(images)[0] if own else trained
+        )
+    check_logits(version.folder, version.number, pixels, expected)
 
 
 def _version_of(result: TrainingResult) -> ModelRecord | None:
@@ -306,58 +258,6 @@ def _version_of(result: TrainingResult) -> ModelRecord | None:
     return None
 
 
-def predict_split(
-    network: TorchNetwork,
-    split: Split,
-    config: PreprocessConfig,
-    num_workers: int,
-    device: torch.device,
-) -> Predictions:
-    """Compute the logits of every image as serving would, in the order of the split.
-
-    Raises:
-        SaveError: none of the images can be read.
-    """
-    loader = eval_loader(split.paths, config, EVAL_BATCH_SIZE, num_workers, device)
-    indices, logits, pooled = [], [], []
-    with contextlib.closing(loader):
-        for batch in loader:
-            if len(batch.indices):
-                indices.append(batch.indices)
-                outputs = network(normalize(batch.images, config))
-                logits.append(outputs[0])
-                pooled.append(outputs[1])
-    if not indices:
-        raise _nothing_read(split.paths)
-    order = torch.cat(indices).numpy()
-    return Predictions(
-        paths=[split.paths[i] for i in order],
-        labels=split.labels[order],
-        logits=torch.cat(logits).numpy(),
-        pooled=torch.cat(pooled),
-        skipped=loader.skipped,
-    )
-
-
-def some_of_each(split: Split) -> Split:
-    """Take at most `CENTROID_IMAGES` images of each class, the first of the split."""
-    chosen = [np.flatnonzero(split.labels == c)[:CENTROID_IMAGES] for c in np.unique(split.labels)]
-    indices = np.sort(np.concatenate(chosen))
-    return Split(tuple(split.paths[i] for i in indices), split.labels[indices])
-
-
-def _read(paths: tuple[str, ...], config: PreprocessConfig) -> Tensor:
-    loader = eval_loader(paths, config, len(paths), 0, torch.device("cpu"))
-    images = next(iter(loader)).images
-    if not len(images):
-        raise _nothing_read(paths)
-    return images
-
-
-def _nothing_read(paths: Sequence[str]) -> SaveError:
-    return SaveError(f"none of {len(paths)} images can be read, e.g. {paths[0]}; put them back")
-
-
 def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
@@ -367,7 +267,8 @@ def report_facts(
 ) -> ReportFacts:
     """Collect what the report and the model card say beside the numbers."""
     config, num_epochs = result.config, len(result.history)
-    unreadable = [{"path": path, "reason": why} for path, why in evaluation.skipped.items()]
+    skipped = {**result.skipped, **evaluation.skipped}
+    unreadable = [{"path": path, "reason": why} for path, why in skipped.items()]
     reason = f"Trained for all {num_epochs} epochs."
     if result.stopped_early:
         patience = config.early_stopping_patience
@@ -383,10 +284,44 @@ def report_facts(
         "stop_reason": reason,
         "config": config.to_dict(),
         "classes": record.classes,
-        "verdicts": evaluation.verdicts,
+        "verdicts": evaluation.plain.verdicts,
+        "forms": form_facts(evaluation),
         "audit": {**data.audit, "skipped": [*data.audit["skipped"], *unreadable]},
         "versions": record.libraries,
-        "timings": {"training": sum(epoch["seconds"] for epoch in result.history)},
+        "timings": {
+            "training": sum(epoch["seconds"] for epoch in result.history),
+            **evaluation.seconds,
+        },
         "command": result.command,
         "created": record.created,
+    }
+
+
+def form_facts(evaluation: Evaluation) -> list[FormFacts]:
+    """List the forms of the model, and, with the reason, those that it could not have."""
+    facts = []
+    for runtime, data in evaluation.forms.items():
+        if runtime not in evaluation.missing:
+            form = evaluation.own.get(runtime, evaluation.plain)
+            facts.append(_form_facts(runtime, form, len(data)))
+    for runtime, reason in evaluation.missing.items():
+        facts.append(
+            FormFacts(
+                name=runtime,
+                bytes=None,
+                test_top1=None,
+                test_ece=None,
+                remark=f"not released: {reason}",
+            )
+        )
+    return facts
+
+
+def _form_facts(runtime: Runtime, form: FormEvaluation, num_bytes: int) -> FormFacts:
+    return {
+        "name": runtime,
+        "bytes": num_bytes,
+        "test_top1": form.results["top1"],
+        "test_ece": form.results["calibration"]["ece_after"],
+        "remark": str(form.fit.comparison or "answers as the trained network"),
     }

@@ -32,6 +32,16 @@ CHART_BOX = {"width": 360, "height": 210, "left": 58, "right": 350, "top": 10, "
 SPLITS = ("train", "val", "test")
 
 
+class FormFacts(TypedDict):
+    """A form of the model; None where it is not released. remark: how it compares, or why not."""
+
+    name: str
+    bytes: int | None
+    test_top1: float | None
+    test_ece: float | None
+    remark: str
+
+
 class ReportFacts(TypedDict):
     """What the report and the model card say beside the numbers.
 
@@ -47,6 +57,7 @@ class ReportFacts(TypedDict):
     config: dict[str, Any]
     classes: list[str]
     verdicts: dict[str, dict[str, VerdictShare]]
+    forms: list[FormFacts]
     audit: dict[str, Any]
     versions: dict[str, str]
     timings: dict[str, float]
@@ -138,6 +149,7 @@ def write_page(path: Path, template: str, **values: object) -> None:
         "percent": _percent,
         "points": _points,
         "seconds": _seconds,
+        "megabytes": _megabytes,
         "breakable": _breakable,
         "md": _markdown,
     }
@@ -264,6 +276,10 @@ def _seconds(value: float) -> str:
         return f"{value:.1f} s"
     hours, minutes = divmod(round(value) // 60, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {round(value) % 60:02} s"
+
+
+def _megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} MB"
 
 
 def _breakable(name: str) -> Markup:

@@ -31,9 +31,11 @@ from app.ml.artifacts import (
     WEIGHTS,
     ArtifactError,
     DamagedArtifactError,
+    Decision,
     ModelRecord,
     NewVersion,
     NoModelError,
+    OwnAnswers,
     SaveError,
     centroids_name,
     list_versions,
@@ -438,6 +440,29 @@ BEFORE = """{
   "created": "2026-11-28T09:00:00+00:00"
 }
 """
+
+
+def test_what_one_form_has_of_its_own_is_kept() -> None:
+    own = OwnAnswers(Decision(2.0, confident_at=0.7, food_at=0.3), {"top1": 0.4})
+    record = dataclasses.replace(RECORD, metrics={"top1": 0.5, "top5": 0.9}, forms={"int8": own})
+    assert ModelRecord.from_json(record.to_json()) == record
+    assert record.decision_of("int8") == own.decision
+    assert record.decision_of("onnx") == record.decision
+    assert record.metrics_of("int8") == {"top1": 0.4, "top5": 0.9}
+    assert record.metrics_of("torch") == record.metrics
+
+
+@pytest.mark.parametrize(
+    "forms", ['{"int8": {}}', '{"int8": {"decision": {}}}', '{"int8": 1}', "[1]"]
+)
+def test_a_form_that_is_described_otherwise_is_damage(forms: str, tmp_path: Path) -> None:
+    save(tmp_path)
+    for name in (record_name(1), CONFIG_NAME):
+        values = json.loads((tmp_path / name).read_text()) | {"forms": json.loads(forms)}
+        (tmp_path / name).write_text(json.dumps(values))
+    for version in (None, 1):
+        with pytest.raises(DamagedArtifactError, match="cannot be used"):
+            read_record(tmp_path, version)
 
 
 def test_a_record_of_the_first_version_is_read_unchanged() -> None:

@@ -5,8 +5,9 @@ import io
 import math
 import shutil
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,16 +15,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tests.support.released import RECORD, release_model
+from tests.support import standin
+from tests.support.released import RECORD, release_forms, release_model
 from torch import Tensor
 
+from app.ml import predictor as predicting
 from app.ml.artifacts import DamagedArtifactError, Decision, NoModelError, read_record, read_state
 from app.ml.model import build_model
 from app.ml.predictor import (
     FoodPredictor,
+    OnnxNetwork,
+    Runtime,
     TorchNetwork,
+    fastest,
+    forms_of,
     load_model_for_inference,
     predict_image,
+    seconds_per_image,
 )
 from app.ml.preprocessing import ImageError, normalize
 
@@ -205,6 +213,106 @@ def test_the_onnx_form_is_read_with_its_checksum(tmp_path: Path) -> None:
         load_model_for_inference(tmp_path)
     with pytest.raises(DamagedArtifactError, match=r"do not fit a mobilenet_v2"):
         load_model_for_inference(tmp_path, runtime="torch")
+
+
+# The forms of a model --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forms_dir(tmp_path: Path) -> Path:
+    standin.register()
+    release_forms(tmp_path / "models", ["a", "b", "c"])
+    return tmp_path / "models"
+
+
+def test_each_form_answers_with_what_is_its_own(forms_dir: Path) -> None:
+    models = {r: load_model_for_inference(forms_dir, runtime=r) for r in get_args(Runtime)}
+    pixels = models["torch"].preprocess(photo()).unsqueeze(0)
+    logits = {runtime: model.logits(pixels) for runtime, model in models.items()}
+    torch.testing.assert_close(logits["onnx"], logits["torch"], atol=1e-4, rtol=1e-4)
+    assert (logits["int8"] - logits["torch"]).abs().max() > 0.1
+    record = read_record(forms_dir)
+    assert models["torch"].decision == models["onnx"].decision == record.decision
+    own = models["int8"]
+    assert own.decision == record.forms["int8"].decision != record.decision
+    assert torch.equal(models["onnx"].centroids, models["torch"].centroids)
+    assert not torch.equal(own.centroids, models["torch"].centroids)
+    (answer,) = own.predict_batch(pixels)
+    expected = (logits["int8"][0] / own.decision.temperature).softmax(0).max()
+    assert answer.top[0].probability == pytest.approx(expected.item(), abs=1e-6)
+    assert answer.verdict == "confident"  # from 0.1; of the plain network none is, up to 1.1
+    assert models["onnx"].predict_batch(pixels)[0].verdict == "unsure"
+    assert {runtime: model.runtime for runtime, model in models.items()} == {r: r for r in models}
+
+
+def test_a_form_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    standin.register()
+    release_forms(tmp_path, ["a", "b"], with_int8=False)
+    wanted = r"^version 1 in .* has no int8 form; it has: torch, onnx$"
+    with pytest.raises(NoModelError, match=wanted):
+        load_model_for_inference(tmp_path, runtime="int8")
+    assert load_model_for_inference(tmp_path).runtime == "onnx"
+
+
+def test_without_other_forms_pytorch_answers(model_dir: Path) -> None:
+    assert load_model_for_inference(model_dir).runtime == "torch"
+    assert forms_of(read_record(model_dir)) == ["torch"]
+
+
+@pytest.mark.parametrize("name", ["food_model_v1.int8.onnx", "food_model_v1.int8.centroids.pth"])
+@pytest.mark.parametrize("runtime", ["auto", "int8"])
+def test_the_files_of_the_int8_form_are_read_with_their_checksums(
+    name: str, runtime: Any, forms_dir: Path
+) -> None:
+    data = bytearray((forms_dir / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (forms_dir / name).write_bytes(data)
+    with pytest.raises(DamagedArtifactError, match=f"{name} is damaged"):
+        load_model_for_inference(forms_dir, runtime=runtime)
+    assert load_model_for_inference(forms_dir, runtime="onnx").runtime == "onnx"
+
+
+@pytest.mark.parametrize(
+    ("plain", "other", "chosen"),
+    [(10.0, 5.0, "int8"), (10.0, 20.0, "onnx"), (10.0, 9.5, "onnx"), (10.0, 10.5, "onnx")],
+)
+def test_the_fastest_form_on_this_machine_answers(
+    plain: float, other: float, chosen: str, forms_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small difference may be chance: answers should not change from start to start."""
+    monkeypatch.setattr(predicting, "seconds_per_image", lambda _: {"onnx": plain, "int8": other})
+    assert load_model_for_inference(forms_dir).runtime == chosen
+
+
+def test_what_is_timed_is_one_image_through_each_network() -> None:
+    shapes = []
+
+    def network(seconds: float) -> Any:
+        def answer(images: Tensor) -> tuple[Tensor, Tensor]:
+            shapes.append(tuple(images.shape))
+            time.sleep(seconds)
+            return torch.zeros(1, 3), torch.zeros(1, 2)
+
+        return answer
+
+    slow, quick = (
+        FoodPredictor(RECORD, network(seconds), torch.eye(2), runtime)
+        for seconds, runtime in ((0.02, "onnx"), (0.002, "int8"))
+    )
+    began = time.perf_counter()
+    seconds = seconds_per_image([slow, quick])
+    assert time.perf_counter() - began < 5
+    assert set(shapes) == {(1, 3, 224, 224)}
+    assert seconds["int8"] < seconds["onnx"] and seconds["onnx"] >= 0.02
+    assert fastest([slow, quick]) is quick
+    assert fastest([quick]) is quick
+
+
+def test_forms_are_computed_on_as_many_threads_as_asked_for(forms_dir: Path) -> None:
+    for runtime in ("onnx", "int8"):
+        network = load_model_for_inference(forms_dir, num_threads=1, runtime=runtime).network
+        assert isinstance(network, OnnxNetwork)
+        assert network.session.get_session_options().intra_op_num_threads == 1
 
 
 def test_the_network_given_is_not_changed() -> None:

@@ -24,11 +24,10 @@ from training.commands.compare import (
     compare,
     compare_versions,
     holm,
-    mcnemar_p,
     paired_interval,
     summary_lines,
 )
-from training.release.metrics import PREDICTION_COLUMNS, evaluate, prediction_rows
+from training.release.metrics import PREDICTION_COLUMNS, evaluate, mcnemar_p, prediction_rows
 from training.release.tables import write_table
 
 DISHES = ["apple_pie", "dal", "dosa", "idli", "jalebi", "pho", "ramen"]

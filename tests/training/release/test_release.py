@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import functools
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,25 @@ import pytest
 import torch
 from tests.support import standin
 from tests.support.runs import draw_photos
-from torch import nn
+from torch import Tensor, nn
 
-from app.ml.artifacts import SaveError, list_versions, read_record, released_files
-from app.ml.model import build_model
-from app.ml.predictor import Runtime, load_model_for_inference
+from app.ml.artifacts import NewVersion, SaveError, list_versions, read_record, released_files
+from app.ml.model import backbone, build_model
+from app.ml.predictor import (
+    FORM_SUFFIXES,
+    Runtime,
+    load_model_for_inference,
+    nearest_centroid,
+)
+from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
 from training.data.loader import eval_loader
 from training.data.splits import FoodData, load_food_data
 from training.errors import VerificationError
-from training.release import release
-from training.release.export import FORMATS, Format
+from training.release import evaluation, release
+from training.release.calibration import fit_decision
+from training.release.evaluation import read_images
+from training.release.export import FORMATS, Format, Source, export_onnx
 from training.release.release import TrainingResult, release_model
 
 CPU = torch.device("cpu")
@@ -38,6 +47,8 @@ REPORT = {
     "report.html",
     "test_predictions.csv",
 }
+PLAIN_FILES = {"food_model_v1.pth", "food_model_v1.onnx", "food_model_v1.centroids.pth"}
+INT8_FILES = {"food_model_v1.int8.onnx", "food_model_v1.int8.centroids.pth"}
 Trained = Callable[..., TrainingResult]
 
 
@@ -51,11 +62,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> FoodData:
     return load_food_data(draw_photos(tmp_path_factory.mktemp("data") / "photos"))
 
 
+@pytest.fixture(scope="module")
+def weights(data: FoodData) -> dict[str, Tensor]:
+    """Trained on the photos for a second, so that every form knows them."""
+    with standin.registered():
+        torch.manual_seed(0)
+        model = build_model(standin.NAME, len(data.class_to_idx))
+        preprocessing = PreprocessConfig(**backbone(standin.NAME).preprocessing)
+    images = normalize(read_images(data.train.paths, preprocessing), preprocessing)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(40):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), torch.from_numpy(data.train.labels)).backward()
+        optimizer.step()
+    return model.state_dict()
+
+
 @pytest.fixture
-def model(data: FoodData) -> nn.Module:
+def model(data: FoodData, weights: dict[str, Tensor]) -> nn.Module:
     standin.register()
-    torch.manual_seed(0)
-    return build_model(standin.NAME, len(data.class_to_idx))
+    model = build_model(standin.NAME, len(data.class_to_idx))
+    model.load_state_dict(weights)
+    return model
 
 
 @pytest.fixture
@@ -90,9 +118,7 @@ def test_a_release_is_whole(
     folder = tmp_path / "models"
     record = release_model(model, data, trained(), CPU)
     assert read_record(folder) == record and record.version == 1
-    assert record.sha256.keys() == {
-        *("food_model_v1.pth", "food_model_v1.onnx", "food_model_v1.centroids.pth")
-    }
+    assert record.sha256.keys() == PLAIN_FILES | INT8_FILES
     assert report_of(folder) == REPORT
     assert all(path.is_file() for path in released_files(folder, record))
     assert not list(folder.glob(".staging*"))
@@ -222,7 +248,7 @@ def test_memory_that_torch_lacks_is_one_line_too(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate")
 
-    monkeypatch.setattr(nn.functional, "adaptive_avg_pool2d", fail)
+    monkeypatch.setattr(evaluation, "nearest_centroid", fail)
     with pytest.raises(SaveError, match=r"^not enough memory to test the model"):
         release_model(model, data, trained(), CPU)
 
@@ -236,12 +262,8 @@ def test_a_form_that_answers_otherwise_is_not_released(
 ) -> None:
     right = FORMATS["onnx"]
 
-    def of_another(network: nn.Module, *names: Any) -> bytes | memoryview:
-        other = copy.deepcopy(network)
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter += 0.01
-        return right.export(other, *names)
+    def of_another(source: Source) -> bytes | memoryview:
+        return right.export(perturbed(source))
 
     monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(right, export=of_another))
     with pytest.raises(SaveError, match=r"\(onnx\) does not reproduce the logits") as raised:
@@ -261,10 +283,224 @@ def test_a_form_is_a_row(
     assert set(FORMATS) == set(get_args(Runtime))
     monkeypatch.delitem(FORMATS, "onnx")
     record = release_model(model, data, trained(), CPU)
-    assert record.sha256.keys() == {"food_model_v1.pth", "food_model_v1.centroids.pth"}
+    assert record.sha256.keys() == (PLAIN_FILES | INT8_FILES) - {"food_model_v1.onnx"}
     predictor = load_model_for_inference(tmp_path / "models")
     assert predictor.predict(data.test.paths[0]).top
     assert all(isinstance(form, Format) for form in FORMATS.values())
+
+
+# The INT8 form --------------------------------------------------------------------------------
+
+
+def perturbed(source: Source, by: float = 0.01) -> Source:
+    """The same with other weights."""
+    other = copy.deepcopy(source.model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += by
+    return dataclasses.replace(source, model=other)
+
+
+def int8_made_by(
+    monkeypatch: pytest.MonkeyPatch, export: Callable[[Source], bytes | memoryview]
+) -> None:
+    monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], export=export))
+
+
+def test_the_int8_form_has_its_own_temperature_thresholds_and_centroids(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    record = release_model(model, data, trained(), CPU)
+    predictor = load_model_for_inference(tmp_path / "models", runtime="int8")
+    images = read_images(data.val.paths, record.preprocessing)
+    logits, pooled = predictor.network(normalize(images, record.preprocessing))
+    similarities = nearest_centroid(pooled, predictor.centroids).numpy()
+    fitted = fit_decision(logits.numpy(), data.val.labels, similarities)
+    assert vars(predictor.decision) == pytest.approx(vars(fitted), rel=1e-6)
+    assert predictor.decision != record.decision
+    plain = load_model_for_inference(tmp_path / "models", runtime="onnx")
+    assert 0 < (plain.centroids - predictor.centroids).abs().max() < 0.1
+    assert record.forms["int8"].metrics.keys() < record.metrics.keys()
+    assert record.metrics_of("int8") == {**record.metrics, **record.forms["int8"].metrics}
+
+
+def test_the_reports_say_which_forms_there_are(
+    data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
+) -> None:
+    record = release_model(model, data, trained(), CPU)
+    report = tmp_path / "models" / "food_model_v1"
+    results = json.loads((report / "evaluation_results.json").read_text(encoding="utf-8"))
+    assert results["forms"].keys() == {"torch", "onnx", "int8"}
+    for runtime, form in results["forms"].items():
+        (file,) = (tmp_path / "models").glob(f"food_model_v1{FORM_SUFFIXES[runtime]}")
+        assert form["bytes"] == file.stat().st_size
+        assert form["test_top1"] == record.metrics_of(runtime)["test_top1"]
+    assert (
+        "points against the plain network on 6 validation images"
+        in (results["forms"]["int8"]["remark"])
+    )
+    for name in ("report.html", "MODEL_CARD.md"):
+        text = (report / name).read_text(encoding="utf-8")
+        assert "int8" in text and "on 6 validation images" in text
+
+
+@pytest.mark.parametrize("error", [*ERRORS, ImportError("No module named 'onnx'")], ids=repr)
+def test_a_network_that_cannot_be_quantized_is_released_without(
+    error: Exception,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(_: Source) -> bytes:
+        raise error
+
+    int8_made_by(monkeypatch, fail)
+    refused_for("it could not be made", data, model, trained, tmp_path, caplog)
+
+
+def refused_for(
+    reason: str,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> str:
+    """The release is whole without the INT8 form; the line that says why is returned."""
+    caplog.set_level(logging.INFO)
+    record = release_model(model, data, trained(), CPU)
+    assert read_record(tmp_path / "models") == record
+    assert record.sha256.keys() == PLAIN_FILES and not record.forms
+    assert not list((tmp_path / "models").glob("*int8*"))
+    assert '"forms"' not in record.to_json()  # the record is one that the version before reads
+    assert load_model_for_inference(tmp_path / "models").runtime == "onnx"
+    (line,) = (m for m in caplog.messages if m.startswith("no int8 form: "))
+    assert reason in line and "\n" not in line
+    results = (tmp_path / "models" / "food_model_v1" / "evaluation_results.json").read_text()
+    remark = json.loads(results)["forms"]["int8"]["remark"]
+    assert remark == line.replace("no int8 form", "not released")
+    return line
+
+
+def test_a_form_that_is_worse_is_not_released_and_the_log_says_by_how_much(
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def always_the_first_class(source: Source) -> bytes | memoryview:
+        other = copy.deepcopy(source.model)
+        nn.init.zeros_(other.classifier[1].weight)
+        return export_onnx(dataclasses.replace(source, model=other))
+
+    int8_made_by(monkeypatch, always_the_first_class)
+    line = refused_for("points", data, model, trained, tmp_path, caplog)
+    assert "-66.7 points against the plain network on 6 validation images" in line
+    assert "(0 answers gained, 4 lost, p = 0.12)" in line
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        (lambda _: b"no network", "it cannot be run"),
+        (lambda source: export_onnx(perturbed(source, math.nan)), "its answers cannot be used"),
+    ],
+    ids=["unreadable", "not finite"],
+)
+def test_a_form_that_cannot_answer_is_not_released(
+    made: Any,
+    reason: str,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    int8_made_by(monkeypatch, made)
+    refused_for(reason, data, model, trained, tmp_path, caplog)
+
+
+@pytest.mark.parametrize("suffix", [".int8.onnx", ".int8.centroids.pth"])
+def test_a_disk_without_room_for_the_form_has_room_for_the_release(
+    suffix: str,
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write = NewVersion.write
+
+    def full(version: NewVersion, name: str, data: bytes | memoryview) -> None:
+        if name == suffix:
+            raise OSError(28, "No space left on device")
+        write(version, name, data)
+
+    monkeypatch.setattr(NewVersion, "write", full)
+    refused_for("it could not be saved: ", data, model, trained, tmp_path, caplog)
+
+
+def test_an_int8_form_that_is_saved_otherwise_is_found(
+    data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = NewVersion.write
+
+    def other(version: NewVersion, name: str, data: bytes | memoryview) -> None:
+        if name == ".int8.onnx":
+            data = (version.folder / "food_model_v1.onnx").read_bytes()
+        write(version, name, data)
+
+    monkeypatch.setattr(NewVersion, "write", other)
+    with pytest.raises(SaveError, match=r"\(int8\) does not reproduce the logits"):
+        release_model(model, data, trained(), CPU)
+
+
+def test_a_form_is_calibrated_on_some_training_images_the_same_for_a_seed(
+    data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, export = [], FORMATS["int8"].export
+
+    def noting(source: Source) -> bytes | memoryview:
+        seen.append(source.calibration)
+        return export(source)
+
+    int8_made_by(monkeypatch, noting)
+    monkeypatch.setattr(evaluation, "CALIBRATION_IMAGES", 10)
+    first, again = (release_model(model, data, trained(run_name=name), CPU) for name in "ab")
+    own = read_images(data.train.paths, first.preprocessing)
+    assert len(seen[0]) == 10
+    assert all(any(torch.equal(image, known) for known in own) for image in seen[0])
+    assert torch.equal(seen[0], seen[1])
+    assert first.sha256["food_model_v1.int8.onnx"] == again.sha256["food_model_v2.int8.onnx"]
+    config = dataclasses.replace(trained().config, seed=1)
+    release_model(model, data, trained(run_name="c", config=config), CPU)
+    assert not torch.equal(seen[0], seen[2])
+
+
+def test_the_release_says_what_each_phase_took(
+    data: FoodData,
+    model: nn.Module,
+    trained: Trained,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    release_model(model, data, trained(), CPU)
+    (line,) = (m for m in caplog.messages if m.startswith("released in "))
+    phases = ("writing the forms", "calibration", "test", "saving")
+    assert [part.rsplit(" ", 1)[0] for part in line.split(": ")[1].split(", ")] == list(phases)
+    page = (tmp_path / "models" / "food_model_v1" / "report.html").read_text(encoding="utf-8")
+    assert all(f"<dt>{phase}</dt>" in page for phase in ("training", *phases[:3]))
+
+
+# Images that are gone -------------------------------------------------------------------------
 
 
 def test_images_that_are_gone_leave_nothing_to_test(
@@ -279,13 +515,13 @@ def test_images_that_are_gone_leave_nothing_to_test(
 def test_images_that_go_before_the_check_are_named(
     data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = FORMATS["torch"].export
+    write = release.write_reports
 
-    def go(*values: Any) -> bytes | memoryview:
-        monkeypatch.setattr(release, "eval_loader", functools.partial(gone_loader, eval_loader))
-        return export(*values)
+    def go(*values: Any) -> None:
+        monkeypatch.setattr(evaluation, "eval_loader", functools.partial(gone_loader, eval_loader))
+        write(*values)
 
-    monkeypatch.setitem(FORMATS, "torch", dataclasses.replace(FORMATS["torch"], export=go))
+    monkeypatch.setattr(release, "write_reports", go)
     with pytest.raises(SaveError, match=r"none of 9 images can be read, e\.g\. "):
         release_model(model, data, trained(), CPU)
 
@@ -297,7 +533,7 @@ def gone_loader(loader: Any, paths: Any, *values: Any) -> Any:
 def test_centroids_are_of_a_bounded_number_of_images(
     data: FoodData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(release, "CENTROID_IMAGES", 2)
-    some = release.some_of_each(data.train)
+    monkeypatch.setattr(evaluation, "CENTROID_IMAGES", 2)
+    some = evaluation.some_of_each(data.train)
     assert np.bincount(some.labels).tolist() == [2, 2, 2]
     assert set(some.paths) < set(data.train.paths)

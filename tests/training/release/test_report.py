@@ -48,6 +48,9 @@ def test_page_holds_every_part(tmp_path: Path, run: dict[str, Any]) -> None:
         *("no better validation loss for 3 epochs", "1.1 times", "dosa"),
     ):
         assert fact in page.text
+    for form in run["facts"]["forms"]:
+        assert form["name"] in page.text and form["remark"] in page.text
+    assert "9.0 MB" in page.text
     pair = run["results"]["most_confused"][0]
     assert f"{pair['actual']} taken for {pair['predicted']}" in page.text
 
@@ -147,7 +150,9 @@ def test_101_classes_stay_small_and_readable(tmp_path: Path) -> None:
     run = make_run(tmp_path, classes, per_class=10)
     _, page = render(tmp_path, run)
     assert (tmp_path / "report.html").stat().st_size < 2_000_000
-    assert len(page.all("tr")) == 101 + 101 + len(run["history"]) + 3 + 4  # tables and their heads
+    forms = len(run["facts"]["forms"])
+    rows = 101 + 101 + len(run["history"]) + 3 + forms
+    assert len(page.all("tr")) == rows + 5  # tables and their heads
 
 
 @pytest.mark.parametrize("num_classes", [300, 1000])
