@@ -276,7 +276,11 @@ def feature_sources(
     # Shuffling deals the images of a batch out anew, so that each process stores all of them.
     reading = EpochSampler(num_train, batch_size) if train_store else train_order
     images = TrainImages(
-        data.train.paths, ImageCache(cache), config.seed, train_crop, config.min_crop_scale
+        data.train.paths,
+        ImageCache(cache, train_crop),
+        config.seed,
+        train_crop,
+        config.min_crop_scale,
     )
     train_loader = ImageLoader(
         images, reading, int(config.num_workers), device, skipped, workers_stay=not train_store

@@ -1,6 +1,6 @@
 """Small upright copies of the images, so that each is decoded at full size only once.
 
-An entry is a JPEG of at most `SHORT_SIDE` pixels on its short side, followed by the CRC-32 of its
+An entry is a JPEG of at most `short_side` pixels on its short side, followed by the CRC-32 of its
 bytes. Entries are written under a temporary name and renamed, so any number of processes and runs
 share a folder; a damaged entry is replaced; the folder may be deleted at any time. What is read
 from the cache and what is written to it are the same bytes, so no pixel depends on the cache.
@@ -24,23 +24,26 @@ from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from app.ml.preprocessing import TRAINING_LIMITS, load_image
+from app.ml.preprocessing import DRAFT_SIDE, TRAINING_LIMITS, load_image
 
-SHORT_SIDE = 256
+SHORT_SIDE, SERVED_CROP = 256, 260  # of the copies, and the largest training crop they are for
 JPEG_QUALITY = 90
 RESERVED_BYTES = 1 << 30  # the cache stops growing when less than this is free on its disk
 CRC_BYTES = 4
-FORMAT = f"nutrilearn-cache-2 {SHORT_SIDE} {JPEG_QUALITY}"
 SUFFIX = ".jpg+crc"
 
 logger = logging.getLogger(__name__)
 
 
 class ImageCache:
-    """Reads images through a folder of small copies; without a folder, makes them each time."""
+    """Reads images through a folder of small copies; without a folder, makes them each time.
 
-    def __init__(self, folder: Path | None) -> None:
+    crop: the side of a training crop; the copies are larger where it is larger than usual.
+    """
+
+    def __init__(self, folder: Path | None, crop: int = 224) -> None:
         self.folder = folder
+        self.short_side = SHORT_SIDE if crop <= SERVED_CROP else min(crop * 8 // 7, DRAFT_SIDE)
         self.is_growing = folder is not None
 
     def load(self, path: str) -> Tensor:
@@ -50,11 +53,11 @@ class ImageCache:
             ImageError, OSError: the image cannot be read.
         """
         if self.folder is None:
-            return _decode(_make_entry(path))
+            return _decode(_make_entry(path, self.short_side))
         entry = self._entry_path(path)
         data = _read_entry(entry)
         if data is None:
-            data = _make_entry(path)
+            data = _make_entry(path, self.short_side)
             if self.is_growing:
                 self._write_entry(entry, data)
         return _decode(data)
@@ -69,7 +72,8 @@ class ImageCache:
         assert self.folder is not None
         stat = os.stat(path)
         facts = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-        source = " ".join(map(str, (FORMAT, *facts)))
+        kind = ("nutrilearn-cache-2", self.short_side, JPEG_QUALITY)
+        source = " ".join(map(str, (*kind, *facts)))
         data = source.encode("utf-8", sys.getfilesystemencodeerrors())
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
         return self.folder / name[:2] / f"{name[2:]}{SUFFIX}"
@@ -104,9 +108,9 @@ def _read_entry(entry: Path) -> bytes | None:
     return data if data and zlib.crc32(data).to_bytes(CRC_BYTES, "big") == crc else None
 
 
-def _make_entry(path: str) -> bytes:
+def _make_entry(path: str, short_side: int) -> bytes:
     image = load_image(path, TRAINING_LIMITS)
-    scale = SHORT_SIDE / min(image.size)
+    scale = short_side / min(image.size)
     if scale < 1:
         size = (round(image.width * scale), round(image.height * scale))
         image = image.resize(size, Image.Resampling.BILINEAR)

@@ -160,6 +160,15 @@ def test_a_picture_that_is_too_large_for_the_server_may_be_trained_on(tmp_path: 
     assert EvalImages((str(photo),), config)[SampleKey(0, 0, 0)].problem is None
 
 
+def test_copies_are_larger_for_larger_crops_and_kept_apart(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (900, 700)).save(photo)
+    sides = {96: 256, 224: 256, 260: 256, 288: 329, 384: 438, 600: 512}
+    for crop, side in sides.items():
+        assert min(ImageCache(tmp_path / "cache", crop).load(str(photo)).shape[1:]) == side
+    assert len(entries(tmp_path / "cache")) == len(set(sides.values()))
+
+
 def test_a_photo_whose_name_is_not_text(tmp_path: Path) -> None:
     photo = write_photo(tmp_path / os.fsdecode(b"caf\xe9.jpg"))
     cache = ImageCache(tmp_path / "cache")
