@@ -37,7 +37,7 @@ from tests.support.short_runs import (
 )
 
 import train_model
-from app.ml.artifacts import list_versions, read_record
+from app.ml.artifacts import SaveError, list_versions, read_record
 from app.ml.model import TrainedPart
 from app.ml.predictor import load_model_for_inference
 from training.compute import features
@@ -220,6 +220,51 @@ def test_a_model_that_cannot_be_saved_is_released_later_without_training_again(
     assert train(tmp_path, photos, *again) == 0
     assert read_record(disk).version == 1
     assert train(tmp_path, photos, *again, "--dry_run") == 1  # train_step still says: full
+
+
+@pytest.mark.parametrize(
+    ("full_checkpoints", "more", "hinted"),
+    [((), (), True), ((5, 6), (), False), ((), ("--dry_run",), False)],
+)
+def test_no_retraining_is_promised_only_where_this_run_is_saved_as_it_is(
+    full_checkpoints: tuple[int, ...],
+    more: tuple[str, ...],
+    hinted: bool,
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither an older checkpoint of it nor one of another run is what was trained.
+
+    Each checkpoint is two files: full is the disk for the one of the last epoch.
+    """
+    assert train(tmp_path, photos, "--epochs", "1", "--seed", "1") == 0
+    monkeypatch.setattr(train_model, "release_model", unsaved)
+    if full_checkpoints:
+        full_for(monkeypatch, checkpoints, "write_durably", "checkpoint-", *full_checkpoints)
+    assert train(tmp_path, photos, *more) == 1
+    assert ("no retraining needed" in caplog.messages[-1]) == hinted
+    assert caplog.messages[-1].startswith("the model could not be saved")
+
+
+def unsaved(*_: object) -> None:
+    raise SaveError("the model could not be saved")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_a_command_to_resume_is_shown_only_where_there_is_something_to_resume(
+    more: tuple[str, ...],
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if not more:
+        full_for(monkeypatch, checkpoints, "write_durably", "checkpoint-")
+    after(monkeypatch, train_model, "gradients", 1, send(signal.SIGTERM))
+    assert train(tmp_path, photos, *more) == 143
+    assert caplog.messages[-1] == "stopped by SIGTERM"
 
 
 def test_a_folder_that_cannot_be_made_is_named(

@@ -17,6 +17,10 @@ class CheckpointError(TrainingError):
     """A checkpoint or a run folder that cannot be used."""
 
 
+class ReleaseError(TrainingError):
+    """The trained model could not be released; its run is saved, so that resuming only tests it."""
+
+
 class VerificationError(TrainingError):
     """The saved model does not answer as the trained one did."""
 

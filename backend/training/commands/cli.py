@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from app.ml.artifacts import ArtifactError, ModelRecord, SaveError
+from app.ml.artifacts import ArtifactError, ModelRecord
 from app.ml.model import WeightsError
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import ImageError
@@ -26,8 +26,7 @@ from training.config import (
     flag_names,
     make_parser,
 )
-from training.errors import ConfigError, TrainingError
-from training.run.checkpoints import run_folders
+from training.errors import ConfigError, ReleaseError, TrainingError
 from training.run.mlflow_sync import sync
 from training.run.signals import Interrupted
 from training.uris import without_password
@@ -60,17 +59,16 @@ def run_command_line(
     except ConfigError as error:
         parser.error(without_password(str(error)))
     except Interrupted as interrupted:
-        resume = resume_command(script, arguments)
-        logger.info("stopped by %s; resume with: %s", interrupted, resume)
+        is_kept = interrupted.can_resume and not config.dry_run
+        hint = f"; resume with: {resume_command(script, arguments)}" if is_kept else ""
+        logger.info("stopped by %s%s", interrupted, hint)
         return interrupted.exit_code
     except KeyboardInterrupt:
         logger.info("stopped before there was anything to save")
         return 130
-    except SaveError as error:
-        hint = ""
-        if run_folders(config.checkpoint_dir):
-            resume = resume_command(script, arguments)
-            hint = f"; no retraining needed: {resume} evaluates and saves"
+    except ReleaseError as error:
+        resume = resume_command(script, arguments)
+        hint = "" if config.dry_run else f"; no retraining needed: {resume} evaluates and saves"
         logger.error("%s%s", without_password(str(error)), hint)
         return 1
     except KNOWN_ERRORS as error:

@@ -23,7 +23,7 @@ from training.errors import TrainingError
 
 Value = TypeVar("Value")
 
-RESUME_HINT = "; --resume auto continues from the last checkpoint"
+RESUME_HINT = "; --resume auto continues from the last checkpoint, if one was written"
 TRAINING_TIMEOUT = timedelta(minutes=10)  # after which a process that hangs ends the run
 MAIN_TIMEOUT = timedelta(hours=3)  # the main process may download 5 GB first
 

@@ -30,6 +30,7 @@ class Checkpointer:
     ) -> None:
         self.run, self.run_dir, self.processes = run, run_dir, processes
         self.last_good = checkpoint.path if checkpoint else None
+        self.is_saved = checkpoint is not None  # as it is now, and not as it was
         self._saved_at = self._read_at = time.monotonic()
         self._copies: CheckpointCopies | None = None
         if processes.is_main and run.config.checkpoint_copy_dir:
@@ -118,11 +119,13 @@ class Checkpointer:
         self._saved_at = time.monotonic()
         if not self.processes.is_main:
             return
+        self.is_saved = False
         try:
             self.last_good = save_checkpoint(self.run_dir, self.run.state())
         except OSError as error:
             last = f"the last good one is {self.last_good}" if self.last_good else "there is none"
             logger.error("no checkpoint could be written (%s); training continues, %s", error, last)
             return
+        self.is_saved = True
         if self._copies:
             self._copies.start_copying(self.last_good)

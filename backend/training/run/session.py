@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 
-from app.ml.artifacts import LOCK_NAME, ModelRecord
+from app.ml.artifacts import LOCK_NAME, ModelRecord, SaveError
 from app.ml.durable import check_writable
 from training.compute.distributed import Processes, losses_explained
 from training.compute.features import FeatureSource
 from training.config import TrainingConfig
 from training.data.manifest import write_manifest
 from training.data.splits import FoodData
-from training.errors import DataError
+from training.errors import DataError, ReleaseError
 from training.run.checkpointer import Checkpointer
 from training.run.checkpoints import Checkpoint
 from training.run.copies import check_mounted
 from training.run.record import RunEnd, recording
 from training.run.resume import locked, mark_finished
+from training.run.signals import Interrupted
 from training.run.state import Run
 
 
@@ -88,6 +89,7 @@ def session(
 
     Raises:
         CheckpointError: another process has the run.
+        ReleaseError, SaveError: it could not be released; the first if it is saved as it is.
         OSError: its folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
@@ -108,6 +110,13 @@ def session(
                 yield keeper
             except DataError:  # the disk has gone: what was learned before is whole
                 checkpointer.save()
+                raise
+            except SaveError as error:
+                if not checkpointer.is_saved:
+                    raise
+                raise ReleaseError(str(error)) from error
+            except Interrupted as interrupted:
+                interrupted.can_resume = checkpointer.last_good is not None
                 raise
         if keeper.version:  # only now that the record has its end too
             mark_finished(run_dir, run, keeper.version)

@@ -11,7 +11,7 @@ OTHERS = ("SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGBREAK")
 
 
 class Interrupted(BaseException):
-    """A signal asked the run to end, and its checkpoint is written.
+    """A signal asked the run to end, and its checkpoint is written if there was room for one.
 
     A BaseException, like KeyboardInterrupt: a decoder that takes every Exception for a damaged
     image must not swallow it.
@@ -21,6 +21,7 @@ class Interrupted(BaseException):
         super().__init__(signal.Signals(number).name)
         self.number = number
         self.exit_code = 128 + number
+        self.can_resume = True  # False where no checkpoint could be written
 
 
 class StopRequest:
