@@ -97,7 +97,8 @@ def join_processes(device: str) -> Processes:
     """Join the processes that torchrun started; alone where it did not. device: as --device.
 
     Raises:
-        TrainingError: a launcher's variables are there, but not all of them.
+        TrainingError: a launcher's variables are not all there, or make no sense; more processes
+            than GPUs.
     """
     world_size = _from_environment("WORLD_SIZE", "1")
     if world_size == 1:
@@ -106,6 +107,7 @@ def join_processes(device: str) -> Processes:
     local_rank = _from_environment("LOCAL_RANK", "0")
     uses_gpu = device in ("auto", "cuda") and torch.cuda.is_available()
     if uses_gpu:
+        _check_gpus(local_rank)
         torch.cuda.set_device(local_rank)
     backend = "nccl" if uses_gpu else "gloo"
     store, rank, _ = next(dist.rendezvous("env://"))
@@ -131,6 +133,20 @@ def _check_launcher(world_size: int) -> None:
         raise TrainingError(
             f"WORLD_SIZE={world_size} is in the environment but {', '.join(missing)} not: start "
             "with torchrun, or unset WORLD_SIZE to train in one process"
+        )
+    _from_environment("MASTER_PORT", "0")
+    _from_environment("LOCAL_WORLD_SIZE", "1")
+    rank = _from_environment("RANK", "0")
+    if rank >= world_size:  # the others would wait for a process that is none of theirs
+        raise TrainingError(f"RANK={rank} in the environment: must be below WORLD_SIZE={world_size}")
+
+
+def _check_gpus(local_rank: int) -> None:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise TrainingError(
+            f"process {local_rank + 1} of this machine has no GPU of its own (there are {count}); "
+            f"use --nproc_per_node={count}, or --device cpu"
         )
 
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -414,6 +415,8 @@ def default_num_workers(device: torch.device) -> int:
     cores compute, one, which leaves nothing to wait for and takes 4% of two cores.
     """
     cores = num_cores()
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # set by torchrun
+    # Set by torchrun; where no processes have joined, another launcher left it behind.
+    joined = dist.is_available() and dist.is_initialized()
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if joined else 1
     share = min(MAX_WORKERS, max(1, cores // trainers))
     return share if device.type == "cuda" else min(1, cores - 1)

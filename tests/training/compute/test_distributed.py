@@ -3,6 +3,7 @@ how long the processes wait for each other."""
 
 import copy
 import os
+import re
 import socket
 import time
 from datetime import timedelta
@@ -16,6 +17,7 @@ from torch import nn
 
 from training.compute import distributed
 from training.compute.distributed import synced_batch_norm
+from training.errors import TrainingError
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +90,39 @@ def test_batch_norm_sees_the_whole_batch(shares: tuple[int, int], left: Path) ->
     whole = [layer.weight.grad, layer.bias.grad, layer.running_mean, layer.running_var]
     for got, expected in zip(first[2:], whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29599"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "x"}, "RANK=x in the environment: must be a whole number"),
+        ({"RANK": "2"}, "RANK=2 in the environment: must be below WORLD_SIZE=2"),
+        ({"MASTER_PORT": "tcp"}, "MASTER_PORT=tcp in the environment: must be a whole number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK=-1 in the environment: must be a whole number"),
+        ({"LOCAL_WORLD_SIZE": "2(x2)"}, "LOCAL_WORLD_SIZE=2(x2) in the environment: must be"),
+    ],
+)
+def test_variables_that_make_no_sense_are_told_and_nothing_is_waited_for(
+    environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**LAUNCHED, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=re.escape(says)):
+        distributed.join_processes("cpu")
+
+
+def test_more_processes_than_gpus_are_told_how_many_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {**LAUNCHED, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(TrainingError, match=r"process 2 .* \(there are 1\); use --nproc_per_node=1"):
+        distributed.join_processes("auto")
 
 
 def test_what_main_prepares_is_waited_for_and_a_process_that_hangs_is_not(left: Path) -> None:

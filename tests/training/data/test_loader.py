@@ -225,7 +225,12 @@ def test_workers_help_where_the_cores_do_not_compute(monkeypatch: pytest.MonkeyP
         assert default_num_workers(CPU) == on_cpu
         assert default_num_workers(torch.device("cuda")) == beside_a_gpu
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    monkeypatch.setattr(loader_module.dist, "is_initialized", lambda: True)
     assert default_num_workers(torch.device("cuda")) == 4
+    # without torchrun's processes, another launcher left it behind
+    monkeypatch.setattr(loader_module.dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "two")
+    assert default_num_workers(torch.device("cuda")) == 8
 
 
 # Disks and memory that are not there -----------------------------------------------------------
