@@ -47,13 +47,14 @@ class Probe:
     """A change to a file that tells whether its data reaches the end of the picture.
 
     Bytes `start` to `stop` become `filler`; `shows` says whether a whole picture looks different
-    then.
+    then. suspect: the file's structure alone hints that its data does not.
     """
 
     start: int
     stop: int
     filler: bytes
     shows: bool
+    suspect: bool = False
 
 
 @dataclass(frozen=True)

@@ -215,7 +215,8 @@ def _load(image: ImageFile.ImageFile, container: Container) -> bool:
         image.load()
         return altered == _checksum(image)
     image.load()
-    return _ends_in_gray(image) and _altered_pixels(container, probe) != _checksum(image)
+    may_end_early = probe.suspect or _ends_in_gray(image)
+    return may_end_early and _altered_pixels(container, probe) != _checksum(image)
 
 
 def _altered_pixels(container: Container, probe: Probe) -> int | None:

@@ -54,12 +54,14 @@ class _Frame(NamedTuple):
 class _Scan(NamedTuple):
     """The numbers of a scan's components, their tables (AC in the lower 4 bits), and its effort.
 
-    Effort is how long a block of it takes, as measured: 1 is some 27 ns.
+    Effort is how long a block of it takes, as measured: 1 is some 27 ns. final: the coefficients
+    that have all their bits after it.
     """
 
     components: tuple[int, ...]
     tables: tuple[int, ...]
     effort: int
+    final: range
 
     def work(self, frame: _Frame) -> int:
         return self.effort * sum(n for number, n in frame.components if number in self.components)
@@ -83,7 +85,9 @@ def read_jpeg(data: bytes) -> Container:
         raise UnreadableImageError("the image data is damaged: a part of it is filled up")
     if not _zeros_may_be(frame, header, scans[0]) and data.find(HOLE, start, scan_end) >= 0:
         raise UnreadableImageError("the image data is damaged: a part of it is missing")
-    place = len(head) + scan_end - start
+    suspect = several and _may_lack_scans(frame, scans)
+    probed = rest[-1].start if suspect and rest[-1].marker == EOI else scan_end
+    place = len(head) + probed - start
     return Container(
         "JPEG",
         b"".join([head, memoryview(data)[start:end], closing]),
@@ -91,8 +95,8 @@ def read_jpeg(data: bytes) -> Container:
         profile=_profile(header),
         coefficients=128 * frame.blocks if several else 0,
         scans=len(scans),
-        work=sum(scan.work(frame) for scan in scans),
-        probe=Probe(place, place, FILLER * 4, shows=False),
+        work=(1 + suspect) * sum(scan.work(frame) for scan in scans),  # decoded twice
+        probe=Probe(place, place, FILLER * 4, shows=False, suspect=suspect),
     )
 
 
@@ -137,7 +141,18 @@ def _scan(payload: memoryview) -> _Scan:
         effort = 1 + max(0, last - first) // 8
     else:
         effort = 1
-    return _Scan(tuple(payload[1:end:2]), tuple(payload[2:end:2]), effort)
+    final = range(first, last + 1 if bits & 15 == 0 else first)
+    return _Scan(tuple(payload[1:end:2]), tuple(payload[2:end:2]), effort, final)
+
+
+def _may_lack_scans(frame: _Frame, scans: list[_Scan]) -> bool:
+    """Whether a file of several scans may be one that was cut and closed.
+
+    A progressive one brings all coefficients to their last bit, unless its end is missing. Of the
+    others any scan may be cut without a trace, and they are rare.
+    """
+    given = {(number, k) for scan in scans for number in scan.components for k in scan.final}
+    return frame.marker not in PROGRESSIVE or len(given) < 64 * len(frame.components)
 
 
 def _head(header: list[_Segment]) -> bytes:

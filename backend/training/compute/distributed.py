@@ -138,7 +138,10 @@ def _check_launcher(world_size: int) -> None:
     _from_environment("LOCAL_WORLD_SIZE", "1")
     rank = _from_environment("RANK", "0")
     if rank >= world_size:  # the others would wait for a process that is none of theirs
-        raise TrainingError(f"RANK={rank} in the environment: must be below WORLD_SIZE={world_size}")
+        raise TrainingError(
+            f"RANK={rank} in the environment: must be below WORLD_SIZE={world_size}; start with "
+            "torchrun, or unset both"
+        )
 
 
 def _check_gpus(local_rank: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from tests.support.pictures import (
@@ -608,6 +608,64 @@ def test_a_jpeg_cut_and_closed_is_damaged(
     cut = data[: start + int((len(data) - start) * share)].rstrip(b"\xff")
     with pytest.raises(UnreadableImageError, match="damaged"):
         load_image(cut + b"\xff\xd9")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    size=st.tuples(st.integers(120, 300), st.integers(120, 300)),
+    share=st.floats(0.1, 0.95),
+    mode=st.sampled_from(["RGB", "L", "CMYK"]),
+    seed=st.integers(0, 1000),
+)
+def test_a_progressive_jpeg_cut_and_closed_is_damaged(
+    size: tuple[int, int], share: float, mode: str, seed: int
+) -> None:
+    """Up to its last scan, which adds no more than the last bit of fine detail."""
+    data = encoded(photo_like(*size, seed).convert(mode), "JPEG", progressive=True)
+    first, last = data.index(b"\xff\xda") + 20, data.rindex(b"\xff\xda")
+    cut = data[: first + int((last - first) * share)].rstrip(b"\xff")
+    assume(not cut_between_scans(data, len(cut)))
+    with pytest.raises(UnreadableImageError, match="damaged"):
+        load_image(cut + b"\xff\xd9")
+
+
+def cut_between_scans(data: bytes, place: int) -> bool:
+    """In the header of a scan or near its end, where nothing or next to nothing is missing."""
+    return any(data.find(b"\xff" + marker, place, place + 12) >= 0 for marker in (b"\xda", b"\xc4"))
+
+
+def test_a_jpeg_of_a_scan_per_component_cut_and_closed_is_damaged() -> None:
+    data = one_scan_each(photo_like(200, 150))
+    assert load_image(data).size == (200, 150)
+    last = data.rindex(b"\xff\xda") + 10
+    for cut in (data[: len(data) // 3], data[: (last + len(data)) // 2]):
+        with pytest.raises(UnreadableImageError, match="damaged"):
+            load_image(cut.rstrip(b"\xff") + b"\xff\xd9")
+
+
+def one_scan_each(image: Image.Image) -> bytes:
+    """A baseline JPEG of three gray ones: each component in a scan of its own."""
+    parts = [encoded(band, "JPEG") for band in image.convert("YCbCr").split()]
+    frame = parts[0].index(b"\xff\xc0")
+    scans = [part[part.index(b"\xff\xda") : -2] for part in parts]
+    head = bytearray(parts[0][: parts[0].index(b"\xff\xda")])
+    numbers = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    head[frame : frame + 13] = (
+        head[frame : frame + 2]
+        + struct.pack(">H", 17)
+        + bytes(head[frame + 4 : frame + 9])
+        + b"\x03"
+        + numbers
+    )
+    named = [scan[:5] + bytes([i]) + scan[6:] for i, scan in enumerate(scans, start=1)]
+    return bytes(head) + b"".join(named) + b"\xff\xd9"
+
+
+def test_a_progressive_jpeg_without_its_last_scans_is_answered_if_none_is_cut() -> None:
+    """Some encoders leave the finest detail out."""
+    data = encoded(photo_like(200, 150), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xc4")  # the table of the last scan
+    assert load_image(data[:last] + b"\xff\xd9").size == (200, 150)
 
 
 def test_a_hole_in_a_jpeg_is_damage() -> None:

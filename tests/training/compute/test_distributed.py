@@ -121,7 +121,7 @@ def test_more_processes_than_gpus_are_told_how_many_there_are(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(TrainingError, match=r"process 2 .* \(there are 1\); use --nproc_per_node=1"):
+    with pytest.raises(TrainingError, match=r"process 2 .* \(there are 1\); .*per_node=1"):
         distributed.join_processes("auto")
 
 
