@@ -228,6 +228,15 @@ def test_serving_pulls_in_what_it_needs(
     assert ABSENT[name].isdisjoint(imported[2][name])
 
 
+@pytest.mark.slow
+def test_importing_needs_no_temporary_folder(tmp_path: Path) -> None:
+    """A container may be read-only from top to bottom."""
+    nowhere = "import os, tempfile; tempfile._candidate_tempdir_list = lambda: ['/proc/none']"
+    fresh = "os.environ.pop('TORCHINDUCTOR_CACHE_DIR', None)"  # set by the torch of this process
+    code = f"{nowhere}\n{fresh}\nimport app.main, train_model; print('imported')"
+    assert in_fresh_process(code, tmp_path).strip() == "imported"
+
+
 def test_drawing_needs_no_pytorch(tmp_path: Path) -> None:
     """Several processes import it, each to draw its share in a few seconds."""
     code = "import training.sample.generate; print('torch' in sys.modules)"

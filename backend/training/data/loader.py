@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -370,10 +371,18 @@ def fitting_workers(num_workers: int, batch_size: int, crop: int) -> int:
     """Lower the number of workers to what their batches in shared memory leave room for.
 
     A worker that finds /dev/shm full (Docker gives it 64 MB) loses its batch, and the trainer would
-    wait for that batch forever.
+    wait for that batch forever. So it would where workers cannot hand batches over, which takes a
+    folder for temporary files.
     """
+    if not num_workers:
+        return 0
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        logger.warning("no image workers: %s; set TMPDIR", error.strerror)
+        return 0
     free = free_shared_memory()
-    if free is None or not num_workers:
+    if free is None:
         return num_workers
     bytes_each = (PREFETCH + 1) * batch_size * 3 * crop * crop
     fitting = min(num_workers, int(0.9 * free) // bytes_each)

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -303,6 +304,16 @@ def test_workers_are_only_as_many_as_shared_memory_has_room_for(
         monkeypatch.setattr(loader_module, "free_shared_memory", lambda free=free: free)
         assert fitting_workers(8, 32, 224) == fitting
         assert ("--shm-size" in caplog.text) == (fitting < 8)
+
+
+def test_without_temporary_files_there_are_no_workers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They could not hand their batches over, and would be waited for."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    assert fitting_workers(8, 32, 224) == 0
+    assert "no image workers: No usable temporary directory" in caplog.text
 
 
 READ_ONE_BY_ONE = """
