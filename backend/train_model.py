@@ -10,6 +10,8 @@
         what the newest model sees; for a folder, a table in predictions.csv
     python backend/train_model.py --compare v1 v2
         two versions on the same test images
+    python backend/train_model.py --promote v2
+        the version that is served from now on
 
 The model goes to ml-models/ (food_model_vN.pth, class_to_idx.json, model_config.json and a report),
 what resuming needs to checkpoints/, and the history to metrics.jsonl there and to MLflow
@@ -26,7 +28,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -39,7 +41,6 @@ from app.ml.model import (
     backbone,
     build_model,
     describe_split,
-    load_pretrained,
     split_model,
 )
 from training.commands.cli import run_command_line
@@ -65,6 +66,7 @@ from training.release.release import TrainingResult, release_model
 from training.run.checkpointer import Checkpointer
 from training.run.resume import find_checkpoint, sizes_then
 from training.run.session import Session, check_folders, session
+from training.run.start import copy_start, load_start, start_file
 from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
 from training.sample.generate import draw_sample
 
@@ -272,21 +274,21 @@ def finish_epoch(run: Run, metrics: dict[str, float]) -> bool:
 
 
 def load_model(
-    config: TrainingConfig, num_classes: int, *, pretrained: bool
+    config: TrainingConfig, class_to_idx: Mapping[str, int], *, pretrained: bool
 ) -> tuple[nn.Module, nn.Module, TrainedPart]:
     """Build the network; return it whole, its frozen part and its trained part.
 
     pretrained: False where a checkpoint will be restored, which holds all weights.
 
     Raises:
-        ConfigError: it has fewer layers than are to be frozen.
-        WeightsError: the pretrained weights are not available, or do not fit.
+        ConfigError: it has fewer layers than are to be frozen, or --weights vN another backbone.
+        WeightsError, ArtifactError: the weights to start from are not available, or do not fit.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, num_classes)
+    model = build_model(config.model_name, len(class_to_idx))
     origin = "weights of the checkpoint"
     if pretrained:
-        origin = load_pretrained(model, config.model_name, config.weights)
+        origin = load_start(model, config, class_to_idx)
     num_layers = len(backbone(config.model_name).layers(model))
     freeze = num_layers if config.freeze_layers == "all" else int(config.freeze_layers)
     try:
@@ -350,7 +352,7 @@ def build_run(
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
         data_fingerprint=fingerprint(data),
         micro_batch=MicroBatch(config.batch_size),
-        weights_sha256=file_sha256(Path(config.weights)) or "",
+        weights_sha256=file_sha256(start_file(config)) or "",
     )
 
 
@@ -389,9 +391,7 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     if checkpoint:
         config = config.with_sizes(sizes_then(checkpoint.state))
 
-    model, frozen, trained = load_model(
-        config, len(data.class_to_idx), pretrained=checkpoint is None
-    )
+    model, frozen, trained = load_model(config, data.class_to_idx, pretrained=checkpoint is None)
     run = build_run(config, data, model, trained, device)
     run.name = processes.from_main(lambda: run.name)
     run.micro_batch.is_fixed = processes.world_size > 1
@@ -440,6 +440,7 @@ def dry_run(config: TrainingConfig, command: str) -> None:
             checkpoint_dir=Path(folder) / "checkpoints",
             checkpoint_copy_dir=None,
         )
+        copy_start(config, small.output_dir)
         if train(small, command):
             logger.info("dry run: data, training, test, release and reload work; nothing is kept")
 

@@ -110,9 +110,7 @@ class OurLoop:
         device: torch.device = CPU,
         validates: bool = False,
     ) -> None:
-        model, frozen, trained = train_model.load_model(
-            config, len(data.class_to_idx), pretrained=True
-        )
+        model, frozen, trained = train_model.load_model(config, data.class_to_idx, pretrained=True)
         self.run = train_model.build_run(config, data, model, trained, device)
         self.frozen = FrozenPart(
             frozen,

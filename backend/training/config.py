@@ -111,7 +111,8 @@ class TrainingConfig:
     model_name: str = pinned(
         "model", "mobilenet_v2", BACKBONE, "backbone")
     weights: str = pinned(
-        "model", "imagenet", TEXT, "start from: imagenet, none (random), or a state_dict's path")
+        "model", "imagenet", TEXT,
+        "start from: imagenet, none (random), a released version (v3), or a state_dict's path")
     freeze_layers: int | str = pinned(
         "model", 10, or_word(integer(0), "all"),
         "layers (the stem, then each block) that keep their pretrained weights")
@@ -188,6 +189,8 @@ class TrainingConfig:
         "output", REPOSITORY / "checkpoints", PATH, "where runs keep what resuming needs")
     checkpoint_copy_dir: Path | None = setting(
         "output", None, PATH, "keep verified copies of the checkpoints here too, e.g. on a drive")
+    no_promote: bool = setting(
+        "output", False, SWITCH, "release the new version without making it the current one")
     resume: str | None = setting(
         "output", None, TEXT, "continue from a checkpoint (a path), or auto: the newest")
     dry_run: bool = setting(

@@ -446,23 +446,24 @@ def _remove(path: Path) -> None:
 
 
 def released_files(output_dir: Path, record: ModelRecord) -> list[Path]:
-    """List every file of a version, and those that name the current one."""
+    """List every file of a version, and those that name it as the current one, if it is."""
     version = record.version
-    names = [*record.sha256, record_name(version), CLASS_MAP_NAME, CONFIG_NAME]
+    is_current = _content(output_dir / CONFIG_NAME) == _content(output_dir / record_name(version))
+    current = [CLASS_MAP_NAME, CONFIG_NAME] if is_current else []
+    names = [*record.sha256, record_name(version), *current]
     report = output_dir / report_folder_name(version)
     return [output_dir / name for name in names] + sorted(report.iterdir())
 
 
 def make_current(output_dir: Path, record: ModelRecord) -> None:
-    """Finish a release that was interrupted when its version was complete.
-
-    Tidies up, and makes the version the current one if it is the newest.
+    """Make a released version the current one, and tidy up what an interrupted release left.
 
     Raises:
         SaveError: the files cannot be written.
     """
+    files = _current_files(record)
     with _release_lock(output_dir):
         remove_leftovers(output_dir)
-        if record.version == list_versions(output_dir)[-1]:
-            for name, data in _current_files(record).items():
+        with _restored_on_failure(output_dir, list(files)):
+            for name, data in files.items():
                 write_durably(output_dir / name, data)

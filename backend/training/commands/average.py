@@ -87,7 +87,9 @@ def average_versions(
     workers = config.num_workers
     num_workers = default_num_workers(device) if workers == "auto" else int(workers)
     settings = dataclasses.replace(
-        config_of_record(records[0].training), output_dir=config.output_dir
+        config_of_record(records[0].training),
+        output_dir=config.output_dir,
+        no_promote=config.no_promote,
     ).with_sizes(sizes_of_record(records[0]))
     soup = greedy_soup(records, data, settings, num_workers, device)
     if len(soup.parents) == 1:

@@ -18,6 +18,7 @@ from training.commands.average import Train, average_versions, train_and_average
 from training.commands.compare import compare_versions
 from training.commands.console import log_release
 from training.commands.predict import predict_paths
+from training.commands.promote import promote_version
 from training.compute.devices import choose_device, prepare_machine
 from training.compute.distributed import losses_explained
 from training.config import (
@@ -89,6 +90,8 @@ def run_command(
         return predict(options, config)
     if options.compare:
         logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
+    elif options.promote is not None:
+        promote_version(config.output_dir, options.promote)
     elif config.dry_run:
         dry_run(config, command)
     elif released := new_version(options, config, command, train):
@@ -133,6 +136,12 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         help="how the second version differs from the first on the test images of both",
     )
     using.add_argument(
+        "--promote",
+        type=version_number,
+        metavar="VERSION",
+        help="make this version the current one, which servers take: a newer one or an earlier one",
+    )
+    using.add_argument(
         "--average",
         nargs="+",
         type=version_number,
@@ -151,7 +160,8 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that are wrong in themselves or together."""
     if options.top_k < 1:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
-    asked = [f"--{n}" for n in ("predict", "compare", "average") if getattr(options, n)]
+    commands = ("predict", "compare", "promote", "average")
+    asked = [f"--{name}" for name in commands if getattr(options, name) is not None]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)}: one at a time")
 

@@ -4,58 +4,32 @@ Compared is what each version answered in its own test, as its report keeps it: 
 neither was trained on, at once, and also where the images themselves are far away.
 """
 
-import csv
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 
-from app.ml.artifacts import ArtifactError, ModelRecord, read_record, report_folder_name
+from app.ml.artifacts import ModelRecord
 from training.release.calibration import Bin, calibration_error, reliability_bins
-from training.release.metrics import PREDICTIONS_NAME, mcnemar_p, wilson_interval
+from training.release.metrics import mcnemar_p, wilson_interval
+from training.release.promotion import (
+    CLEAR,
+    Answer,
+    ComparisonError,
+    VersionTest,
+    images_of_both,
+    read_test,
+)
 from training.release.report import PICTURES_SHOWN, with_thumbnail, write_page
-from training.release.tables import read_table
 
-CLEAR = 0.05  # a p-value below is called a clear difference
 Z_95 = 1.959964  # two-sided 95% quantile of the normal distribution
 PRINTED_CLASSES = 10
 PRINTED_NAMES = 5
 
 logger = logging.getLogger(__name__)
-
-
-class ComparisonError(ArtifactError):
-    """Two versions that cannot be compared; the message says why."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a version answered for one test image; rank 1 means that it was right."""
-
-    actual: str
-    predicted: str
-    confidence: float
-    actual_rank: int
-
-    @property
-    def correct(self) -> bool:
-        return self.actual_rank == 1
-
-
-@dataclass(frozen=True)
-class VersionTest:
-    """A version and its answers by image path."""
-
-    record: ModelRecord
-    answers: dict[str, Answer]
-
-    @property
-    def name(self) -> str:
-        return f"v{self.record.version}"
 
 
 class VersionScores(TypedDict):
@@ -136,30 +110,6 @@ def compare_versions(model_dir: Path, old_version: int, new_version: int) -> Pat
     return page
 
 
-def read_test(model_dir: Path, version: int) -> VersionTest:
-    """Read a version's record and what it answered in its test.
-
-    Raises:
-        ArtifactError: missing or unreadable.
-    """
-    record = read_record(model_dir, version)
-    path = model_dir / report_folder_name(version) / PREDICTIONS_NAME
-    try:
-        answers = {row["file"]: _answer(row) for row in read_table(path)}
-    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
-        raise ComparisonError(
-            f"{path} cannot be used ({error!r}); it holds the test of version {version}, without "
-            "which nothing can be compared"
-        ) from error
-    return VersionTest(record, answers)
-
-
-def _answer(row: dict[str, str]) -> Answer:
-    return Answer(
-        row["actual"], row["predicted"], float(row["confidence"]), int(row["actual_rank"])
-    )
-
-
 def compare(old: VersionTest, new: VersionTest) -> Comparison:
     """Compute everything the page and the printed table say.
 
@@ -167,7 +117,7 @@ def compare(old: VersionTest, new: VersionTest) -> Comparison:
         ComparisonError: no image was in both tests under the same class.
     """
     shared = [path for path in new.answers if path in old.answers]
-    paths = [p for p in shared if old.answers[p].actual == new.answers[p].actual]
+    paths = images_of_both(old, new)
     if not paths:
         raise ComparisonError(
             f"{old.name} and {new.name} have no test image in common ({old.name}: "

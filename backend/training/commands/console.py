@@ -6,7 +6,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.ml.artifacts import ModelRecord, report_folder_name, weights_name
+from app.ml.artifacts import (
+    CONFIG_NAME,
+    ModelRecord,
+    read_record,
+    report_folder_name,
+    weights_name,
+)
 from training.compute.distributed import Processes
 from training.compute.features import FeatureSource
 from training.config import TrainingConfig
@@ -112,6 +118,11 @@ def log_release(released: ModelRecord, config: TrainingConfig) -> None:
         metrics["test_images"],
         f"; best epoch {metrics['best_epoch']}" if "best_epoch" in metrics else "",
     )
-    logger.info("model    %s (now current)", folder / weights_name(released.version))
+    current = read_record(folder).version if (folder / CONFIG_NAME).exists() else None
+    standing = "now current"
+    if current != released.version:
+        version = f"v{current} stays current" if current else "none is current"
+        standing = f"{version}; to change that: --promote v{released.version}"
+    logger.info("model    %s (%s)", folder / weights_name(released.version), standing)
     report = folder / report_folder_name(released.version) / "report.html"
     logger.info("report   %s", report)

@@ -41,6 +41,7 @@ from training.release.evaluation import (
 )
 from training.release.export import check_logits, reason_of
 from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME, Results
+from training.release.promotion import is_worse_than_current, read_test
 from training.release.report import FormFacts, ReportFacts, write_model_card, write_report
 from training.release.tables import write_table
 
@@ -87,7 +88,9 @@ def release_model(
     """
     config = result.config
     if record := _version_of(result):
-        make_current(config.output_dir, record)
+        is_newest = record.version == list_versions(config.output_dir)[-1]
+        if is_newest and may_become_current(config, config.output_dir, record):
+            make_current(config.output_dir, record)
         return record
     model = model.cpu().eval()
     evaluation = evaluate_model(model, data, config, result.num_workers, device)
@@ -98,8 +101,16 @@ def release_model(
         version.write_record(record)
         write_reports(version.report_folder, record, data, result, evaluation)
         verify(version, model, evaluation)
+        version.becomes_current = may_become_current(config, version.folder, record)
     log_seconds({**evaluation.seconds, "saving": time.perf_counter() - began})
     return record
+
+
+def may_become_current(config: TrainingConfig, folder: Path, record: ModelRecord) -> bool:
+    """Say whether a version that lies in a folder should replace the current one."""
+    if config.no_promote:
+        return False
+    return not is_worse_than_current(config.output_dir, read_test(folder, record.version))
 
 
 def write_forms(version: NewVersion, evaluation: Evaluation) -> Evaluation:

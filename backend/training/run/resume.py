@@ -18,6 +18,7 @@ from training.data.splits import FoodData
 from training.errors import CheckpointError
 from training.run.checkpoints import Checkpoint, load_checkpoint, newest_checkpoint, run_folders
 from training.run.copies import CheckpointCopies
+from training.run.start import start_file
 from training.run.state import Run, file_sha256
 
 FINISHED_NAME = "finished.json"
@@ -93,7 +94,7 @@ def _settings_of(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any
     settings = dict(state["config"])
     if config.precision == state["precision"]:  # "bf16" now where "auto" meant bf16 then
         settings["precision"] = config.precision
-    if _same_weights(Path(config.weights), settings["weights"], state["weights_sha256"]):
+    if _same_weights(config, settings["weights"], state["weights_sha256"]):
         settings["weights"] = config.weights
     elif settings["weights"] == config.weights:
         settings["weights"] += " with other content"
@@ -107,11 +108,11 @@ def sizes_then(state: dict[str, Any]) -> dict[str, int]:
     return state.get("sizes") or imagenet_sizes_of(state["config"]["model_name"])
 
 
-def _same_weights(path: Path, then: str, sha256_then: str) -> bool:
+def _same_weights(config: TrainingConfig, then: str, sha256_then: str) -> bool:
     """Compare files by content; a word, or a file that is gone, by name: the checkpoint holds all
     that came from it."""
-    sha256 = file_sha256(path)
-    return sha256 == sha256_then if sha256 else path.name == Path(then).name
+    sha256 = file_sha256(start_file(config))
+    return sha256 == sha256_then if sha256 else Path(config.weights).name == Path(then).name
 
 
 def _unfinished(config: TrainingConfig) -> Iterator[Path]:

@@ -18,9 +18,6 @@ import train_model
 from app.ml.artifacts import report_folder_name
 from training.commands import compare as comparing
 from training.commands.compare import (
-    Answer,
-    ComparisonError,
-    VersionTest,
     compare,
     compare_versions,
     holm,
@@ -28,6 +25,7 @@ from training.commands.compare import (
     summary_lines,
 )
 from training.release.metrics import PREDICTION_COLUMNS, evaluate, mcnemar_p, prediction_rows
+from training.release.promotion import Answer, ComparisonError, VersionTest
 from training.release.tables import write_table
 
 DISHES = ["apple_pie", "dal", "dosa", "idli", "jalebi", "pho", "ramen"]

@@ -537,3 +537,32 @@ def test_centroids_are_of_a_bounded_number_of_images(
     some = evaluation.some_of_each(data.train)
     assert np.bincount(some.labels).tolist() == [2, 2, 2]
     assert set(some.paths) < set(data.train.paths)
+
+
+# Which version is current ---------------------------------------------------------------------
+
+
+def test_a_version_can_be_held_back(model: nn.Module, data: FoodData, trained: Trained) -> None:
+    first = trained()
+    release_model(model, data, first, CPU)
+    config = dataclasses.replace(first.config, no_promote=True)
+    second = trained(run_name="run-2", config=config)
+    for _ in range(2):  # the second time as after an interruption
+        assert release_model(model, data, second, CPU).version == 2
+        assert read_record(config.output_dir).version == 1
+    held_back = read_record(config.output_dir, 2)
+    assert all(path.is_file() for path in released_files(config.output_dir, held_back))
+    promoted = trained(run_name="run-2")
+    assert release_model(model, data, promoted, CPU).version == 2
+    assert read_record(config.output_dir).version == 2
+
+
+def test_a_worse_version_does_not_replace_the_current_one(
+    model: nn.Module, data: FoodData, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = trained()
+    release_model(model, data, result, CPU)
+    monkeypatch.setattr(release, "is_worse_than_current", lambda *_: True)
+    for _ in range(2):
+        assert release_model(model, data, trained(run_name="run-2"), CPU).version == 2
+        assert read_record(result.config.output_dir).version == 1
