@@ -280,7 +280,7 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     exact = TrainingConfig().exact_settings()
     free = {"epochs", "early_stopping_patience", "num_workers", "cache_images", "device"}
     free |= {"resume", "dry_run", "no_mlflow", "experiment_name", "tracking_uri", "data_dir"}
-    free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir", "runs"}
+    free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir", "runs", "no_promote"}
     free |= {"custom_data_dir"}  # the list of images tells data apart
     recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
     recipe |= {"train_crop", "test_resize", "test_crop", "split_seed"}
