@@ -281,11 +281,15 @@ def load_model(
     pretrained: False where a checkpoint will be restored, which holds all weights.
 
     Raises:
-        ConfigError: it has fewer layers than are to be frozen, or --weights vN another backbone.
+        ConfigError: it has fewer layers than are to be frozen, or cannot be cut at all, or
+            --weights vN is of another backbone.
         WeightsError, ArtifactError: the weights to start from are not available, or do not fit.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config.model_name, len(class_to_idx))
+    try:
+        model = build_model(config.model_name, len(class_to_idx))
+    except ValueError as error:  # a network of timm that cannot be cut
+        raise ConfigError(f"--model_name {config.model_name}: {error}") from error
     origin = "weights of the checkpoint"
     if pretrained:
         origin = load_start(model, config, class_to_idx)
@@ -336,7 +340,8 @@ def build_run(
     return Run(
         config=config,
         asked=asked,
-        name=f"{config.model_name}-{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}",
+        name=f"{config.model_name.replace('/', '-')}-{datetime.now():%Y%m%d-%H%M%S}-"
+        f"{uuid.uuid4().hex[:4]}",
         model=model,
         trained=trained,
         average=WeightAverage(trained, float(config.ema_decay)),

@@ -125,10 +125,16 @@ VARIANTS = {
     "cached views": ("--cache_views", "2"),
     "all frozen": ("--freeze_layers", "all"),
     "no average": ("--ema_decay", "0"),
+    "a ViT of timm's": ("--model_name", "timm/test_vit", "--freeze_layers", "3"),
+    "a ResNet of timm's": ("--model_name", "timm/test_resnet", "--freeze_layers", "2"),
+    "no chain of layers": ("--model_name", "timm/eva02_tiny_patch14_224", "--freeze_layers", "9"),
 }
+SLOW = "no chain of layers"
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] if v == SLOW else []) for v in VARIANTS]
+)
 def test_a_run_that_is_stopped_twice_is_the_uninterrupted_run(
     variant: str,
     tmp_path: Path,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from app.ml.model import BACKBONES, backbone, sizes_of
+from app.ml.model import BACKBONES, TIMM, backbone, is_backbone_name, sizes_of
 from app.ml.preprocessing import PreprocessConfig
 from training.errors import ConfigError
 from training.uris import sqlite_uri, without_password
@@ -81,7 +81,11 @@ CLASSES = ValueType(
     lambda v: isinstance(v, tuple) and len(v) >= 2,
     "at least two class names with commas between them",
 )
-BACKBONE = ValueType(str, lambda v: v in BACKBONES, choice(*BACKBONES).allowed)
+BACKBONE = ValueType(
+    str,
+    lambda v: isinstance(v, str) and is_backbone_name(v),
+    choice(*BACKBONES, f"{TIMM}NAME").allowed,
+)
 SEED = integer(0, 2**64 - 1)
 SIDE = or_word(integer(32), "auto")
 SWITCH = ValueType(lambda text: text, lambda v: isinstance(v, bool), "no value: it is a switch")
@@ -211,6 +215,10 @@ class TrainingConfig:
                 continue
             if not value_type.valid(value):
                 raise ConfigError(f"--{field.name} {value}: must be {value_type.allowed}")
+        try:
+            backbone(self.model_name)
+        except ValueError as error:  # none of timm's
+            raise ConfigError(f"--model_name {self.model_name}: {error}") from error
 
     @property
     def is_pretrained(self) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from app.ml.durable import file_lock, replace_file, sync_folder, write_durably
-from app.ml.model import BACKBONES
+from app.ml.model import is_backbone_name
 from app.ml.preprocessing import PreprocessConfig
 
 FORMAT_VERSION = 1
@@ -150,7 +150,7 @@ class ModelRecord:
         values["decision"] = Decision(**values["decision"])
         values["forms"] = {runtime: _own_answers(**own) for runtime, own in values["forms"].items()}
         record = cls(**values)
-        if record.model_name not in BACKBONES:
+        if not is_backbone_name(record.model_name):
             raise ValueError(f"unknown backbone {record.model_name!r}")
         if sorted(record.class_to_idx.values()) != list(range(len(record.class_to_idx))):
             raise ValueError("class_to_idx does not number the classes 0 to n-1")

@@ -5,7 +5,9 @@ project. Freezing, folding and precision are how a network is run, never what is
 """
 
 import copy
+import functools
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +18,13 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from app.ml import timm_networks
+
 DROPOUT = 0.2
+TIMM = "timm/"  # before the name of one of timm's networks
 State = dict[str, Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 class WeightsError(RuntimeError):
@@ -26,15 +33,18 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """One row of `BACKBONES`.
+    """One row of `BACKBONES`, or what `timm_backbone` makes of a name.
 
     build: num_classes -> the library's module, randomly initialized.
-    layers: the module's stem and top-level blocks in forward order, with their names; they, a
-        global average pool and the head are the whole network.
+    layers: the module's stem and top-level blocks in forward order, with their names; they, the
+        pool and the head are the whole network.
     head: dotted name of the classifying nn.Linear.
-    preprocessing: fields of PreprocessConfig that its ImageNet weights were evaluated with.
-    imagenet: loads the ImageNet state_dict, its head still 1,000 wide.
+    preprocessing: fields of PreprocessConfig that its pretrained weights were evaluated with.
+    imagenet: loads the pretrained state_dict, with the head it was pretrained with.
     sizes: what a fine-tune does better with than the sizes of `preprocessing`, see `sizes_of`.
+    pool: the module's part between the last layer and the head.
+    whole: all of the module before the head, where nobody knows that it is its layers and its pool
+        one after the other; None where it is.
     """
 
     build: Callable[[int], nn.Module]
@@ -43,6 +53,8 @@ class Backbone:
     preprocessing: dict[str, Any]
     imagenet: Callable[[], State]
     sizes: dict[str, int] = field(default_factory=dict)
+    pool: Callable[[nn.Module], nn.Module] = lambda _: nn.AdaptiveAvgPool2d(1)
+    whole: Callable[[nn.Module], nn.Module] | None = None
 
 
 def build_model(model_name: str, num_classes: int) -> nn.Module:
@@ -60,14 +72,22 @@ def build_model(model_name: str, num_classes: int) -> nn.Module:
     return model
 
 
+def is_backbone_name(model_name: str) -> bool:
+    """Whether it is a row of `BACKBONES` or may be one of timm's, which only timm can tell."""
+    return model_name in BACKBONES or model_name.startswith(TIMM)
+
+
 def backbone(model_name: str) -> Backbone:
     """Look a backbone up.
 
     Raises:
         ValueError: an unknown name, with the known ones listed.
     """
+    if model_name.startswith(TIMM):
+        return timm_backbone(model_name.removeprefix(TIMM))
     if model_name not in BACKBONES:
-        raise ValueError(f"unknown model {model_name!r}; known: {', '.join(BACKBONES)}")
+        known = ", ".join([*BACKBONES, f"{TIMM}NAME"])
+        raise ValueError(f"unknown model {model_name!r}; known: {known}")
     return BACKBONES[model_name]
 
 
@@ -110,7 +130,7 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
         return "random weights: nothing pretrained (--weights none)"
     if weights == "imagenet":
         state = _download(model_name)
-        origin = "ImageNet weights"
+        origin = "timm's weights" if model_name.startswith(TIMM) else "ImageNet weights"
     else:
         state = _read(Path(weights))
         origin = f"weights of {weights}"
@@ -120,10 +140,10 @@ def load_pretrained(model: nn.Module, model_name: str, weights: str) -> str:
 
 def _download(model_name: str) -> State:
     try:
-        return BACKBONES[model_name].imagenet()
+        return backbone(model_name).imagenet()
     except (OSError, RuntimeError, ImportError) as error:
         raise WeightsError(
-            f"the ImageNet weights of {model_name} are not available ({error}). Options: connect "
+            f"the pretrained weights of {model_name} are not available ({error}). Options: connect "
             "to the internet once (they are kept for later runs); pass a file with --weights PATH; "
             "use --model_name efficientnet_lite0, whose weights come with pip; or train from "
             "scratch with --weights none"
@@ -132,7 +152,10 @@ def _download(model_name: str) -> State:
 
 def _read(path: Path) -> State:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            state = timm_networks.import_timm().models.load_state_dict(str(path), device="cpu")
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise WeightsError(f"--weights {path}: no such file") from error
     except Exception as error:  # torch.load raises nearly anything on damaged data
@@ -161,7 +184,10 @@ def _load_all_but_head(model: nn.Module, head: str, state: State, origin: str) -
 
 
 class TrainedPart(nn.Module):
-    """The layers behind the cut, the pool and the head; shares its tensors with the model."""
+    """The layers behind the cut, the pool and the head; shares its tensors with the model.
+
+    layers: the pool is the last of them. Frozen ones stay as in inference, batch-norm included.
+    """
 
     def __init__(self, layers: list[nn.Module], linear: nn.Linear) -> None:
         super().__init__()
@@ -178,8 +204,15 @@ class TrainedPart(nn.Module):
 
     def pooled(self, features: Tensor) -> Tensor:
         """Return what the head sees: (N, num_features)."""
-        features = self.layers(features)  # (N, num_features, H, W)
-        return nn.functional.adaptive_avg_pool2d(features, 1).flatten(1)
+        return self.layers(features).flatten(1)
+
+    def train(self, mode: bool = True) -> "TrainedPart":
+        super().train(mode)
+        for module in self.layers.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
 
 
 class ServedNetwork(nn.Module):
@@ -187,8 +220,7 @@ class ServedNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, model_name: str) -> None:
         super().__init__()
-        layers = [layer for _, layer in backbone(model_name).layers(model)]
-        self.part = TrainedPart(layers, head_linear(model, model_name))
+        self.part = TrainedPart(_whole(model, model_name), head_linear(model, model_name))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Map images (N, 3, H, W) to logits (N, num_classes) and pooled features (N, num_features),
@@ -200,16 +232,83 @@ class ServedNetwork(nn.Module):
 def split_model(model: nn.Module, model_name: str, freeze: int) -> tuple[nn.Module, TrainedPart]:
     """Cut behind the first `freeze` layers; the frozen ones no longer require gradients.
 
+    Where the network is more than its layers one after the other, there is nothing before the cut:
+    the trained part holds the frozen layers too.
+
     Raises:
         ValueError: the network has fewer layers than that.
     """
-    layers = [layer for _, layer in backbone(model_name).layers(model)]
+    row = backbone(model_name)
+    layers = [layer for _, layer in row.layers(model)]
     if freeze > len(layers):
-        raise ValueError(f"{model_name} has {len(layers)} layers to freeze, not {freeze}")
-    frozen = nn.Sequential(*layers[:freeze]).requires_grad_(False)
-    if freeze == len(layers):  # then only pooled features matter, which are 49 times smaller
-        frozen.append(nn.AdaptiveAvgPool2d(1))
-    return frozen, TrainedPart(layers[freeze:], head_linear(model, model_name))
+        raise ValueError(
+            f"{model_name} has {len(layers)} layers to freeze, not {freeze}; give fewer, or all"
+        )
+    nn.Sequential(*layers[:freeze]).requires_grad_(False)
+    pool, linear = row.pool(model), head_linear(model, model_name)
+    if freeze == 0:
+        return nn.Sequential(), TrainedPart(_whole(model, model_name), linear)
+    if freeze == len(layers) and next(pool.parameters(), None) is None:
+        # Then only pooled features matter, which are 49 times smaller.
+        return nn.Sequential(*_whole(model, model_name)), TrainedPart([], linear)
+    size = row.preprocessing["crop"]
+    if row.whole and not is_chain([*layers, pool], row.whole(model), size):
+        logger.info(
+            "the layers of %s do not run one after the other, so the frozen ones run with the "
+            "trained ones, which is slower",
+            model_name,
+        )
+        return nn.Sequential(), TrainedPart(_whole(model, model_name), linear)
+    return nn.Sequential(*layers[:freeze]), TrainedPart([*layers[freeze:], pool], linear)
+
+
+def _whole(model: nn.Module, model_name: str) -> list[nn.Module]:
+    """Return modules that, one after the other, map images to pooled features."""
+    row = backbone(model_name)
+    if row.whole:
+        return [row.whole(model)]
+    return [*(layer for _, layer in row.layers(model)), row.pool(model)]
+
+
+def is_chain(parts: list[nn.Module], network: nn.Module, size: int) -> bool:
+    """Whether the parts, one after the other, do what the network does to pictures of this size.
+
+    Tried on a copy with random weights: with pretrained or fresh ones a block may do so little that
+    its place would not show, and the answer must be the same when a run is resumed.
+    """
+    chain, network = copy.deepcopy((nn.Sequential(*parts), network))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            if parameter.ndim < 2:  # of norms, biases, and factors that start near zero
+                parameter.uniform_(0.5, 1.5)
+            else:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.reset_running_stats()
+    return same_outputs(network.eval(), chain.eval(), size)
+
+
+@torch.no_grad()
+def same_outputs(one: nn.Module, other: nn.Module, size: int) -> bool:
+    """Whether two networks on the CPU do the same to random pictures, but for rounding.
+
+    other: may fail, which is an answer too.
+    """
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = one(images)
+    try:
+        given = other(images)
+    except Exception:  # noqa: BLE001  a network that was put together wrongly may raise anything
+        return False
+    if isinstance(expected, Tensor):
+        expected, given = (expected,), (given,)
+    return all(map(_nearly_equal, expected, given))
+
+
+def _nearly_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= 1e-3 * one.abs().max())
 
 
 def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
@@ -225,17 +324,26 @@ def describe_split(model: nn.Module, model_name: str, freeze: int) -> str:
     )
 
 
-def inference_copy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Copy for inference only: eval, no gradients, batch-norm folded, channels_last, in `dtype`."""
-    module = fold_batch_norm(copy.deepcopy(module).eval()).requires_grad_(False)
-    return module.to(device, dtype).to(memory_format=torch.channels_last)
+def inference_copy(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, size: int
+) -> nn.Module:
+    """Copy for inference only: eval, no gradients, channels_last, in `dtype`.
+
+    Batch-norm is folded where that does not change what comes out for pictures of this size.
+    """
+    plain = copy.deepcopy(module).cpu().eval().requires_grad_(False)
+    if any(isinstance(child, nn.BatchNorm2d) for child in plain.modules()):
+        folded = fold_batch_norm(copy.deepcopy(plain))
+        plain = folded if same_outputs(plain, folded, size) else plain
+    return plain.to(device, dtype).to(memory_format=torch.channels_last)
 
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Merge, in place, each batch-norm into the convolution that stands right before it.
 
     Holds for modules that call their children in the order they list them, as all of `BACKBONES`
-    do. timm's BatchNormAct2d carries its activation, which stays.
+    do, and not for every network of timm. timm's BatchNormAct2d carries its activation, which
+    stays.
     """
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
@@ -403,6 +511,26 @@ def _lite(model_name: str, resize: int, crop: int) -> Backbone:
             "std": (0.5, 0.5, 0.5),
         },
         imagenet=_efficientnet_lite_imagenet(model_name),
+    )
+
+
+@functools.cache
+def timm_backbone(name: str) -> Backbone:
+    """Make a row of any image classifier of timm, by ARCHITECTURE[.TAG].
+
+    Raises:
+        ValueError: timm has none by this name, or not one that fits.
+    """
+    config = timm_networks.find_config(name)
+    head = {"head": config.classifier}
+    return Backbone(
+        build=functools.partial(timm_networks.build, name, config.classifier),
+        layers=functools.partial(timm_networks.layers, **head),
+        head=config.classifier,
+        preprocessing=timm_networks.preprocessing_of(config),
+        imagenet=functools.partial(timm_networks.pretrained_state, name),
+        pool=functools.partial(timm_networks.pool, **head),
+        whole=functools.partial(timm_networks.whole, **head),
     )
 
 

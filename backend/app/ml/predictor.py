@@ -28,7 +28,7 @@ from app.ml.artifacts import (
     read_state,
 )
 from app.ml.machine import num_cores
-from app.ml.model import ServedNetwork, build_model, head_linear, inference_copy
+from app.ml.model import ServedNetwork, backbone, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
 Verdict = Literal["confident", "unsure", "not_food"]
@@ -216,7 +216,13 @@ def predict_image(
 def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
     """Build the network with the version's weights; its head must be as wide as the class map."""
     state = read_state(model_dir, record)
-    model = build_model(record.model_name, len(record.class_to_idx))
+    try:
+        model = build_model(record.model_name, len(record.class_to_idx))
+    except ValueError as error:  # one of timm's that the timm of today does not have
+        raise DamagedArtifactError(
+            f"version {record.version} in {model_dir} cannot be built: {error}; it was made with "
+            f"timm {record.libraries.get('timm')}, which can be installed beside this code"
+        ) from error
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -242,7 +248,8 @@ class TorchNetwork:
 
     def __init__(self, model: torch.nn.Module, model_name: str, device: torch.device) -> None:
         self.device = device
-        self.model = inference_copy(ServedNetwork(model, model_name), device, torch.float32)
+        network, size = ServedNetwork(model, model_name), backbone(model_name).preprocessing["crop"]
+        self.model = inference_copy(network, device, torch.float32, size)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         # Grad mode is per thread, so it is switched off in the call, not once at start.

@@ -31,22 +31,32 @@ def float32_gradients(
 
 
 def _is_slow(conv: nn.Conv2d) -> bool:
-    depthwise = conv.groups == conv.in_channels > 1
-    return depthwise and (conv.stride[0] > 1 or conv.kernel_size[0] > 3)
+    depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
+    slow = conv.stride[0] > 1 or conv.kernel_size[0] > 3
+    plain = conv.dilation == (1, 1) and not isinstance(conv.padding, str)
+    return depthwise and slow and plain and (type(conv) is nn.Conv2d or _pads_by_itself(conv))
+
+
+def _pads_by_itself(conv: nn.Conv2d) -> bool:
+    """Whether it is timm's Conv2dSame, which pads as TensorFlow does."""
+    from timm.layers import Conv2dSame
+
+    return type(conv) is Conv2dSame
 
 
 def _forward(conv: nn.Conv2d, images: Tensor) -> Tensor:
     padding = conv.padding
-    if type(conv) is not nn.Conv2d:  # timm's Conv2dSame pads by itself, as TensorFlow does
+    if type(conv) is not nn.Conv2d:  # Conv2dSame
         from timm.layers import pad_same
 
         images = pad_same(images, list(conv.kernel_size), list(conv.stride))
         padding = (0, 0)
-    return _DepthwiseConv.apply(images, conv.weight, conv.stride, padding)
+    result = _DepthwiseConv.apply(images, conv.weight, conv.stride, padding)
+    return result if conv.bias is None else result + conv.bias.bfloat16().view(-1, 1, 1)
 
 
 class _DepthwiseConv(torch.autograd.Function):
-    """Forward in bf16, backward in float32; weight (C, 1, k, k), no bias, no dilation."""
+    """Forward in bf16, backward in float32; weight (C, 1, k, k), no dilation."""
 
     @staticmethod
     def forward(ctx, images, weight, stride, padding):  # type: ignore[no-untyped-def]

@@ -64,7 +64,7 @@ class FrozenPart:
         dtype: torch.dtype,
         micro_batch: MicroBatch,
     ) -> None:
-        self.module = inference_copy(module, device, dtype)
+        self.module = inference_copy(module, device, dtype, config.crop)
         self.config, self.device, self.dtype = config, device, dtype
         self.micro_batch = micro_batch
 

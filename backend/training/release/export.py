@@ -59,7 +59,7 @@ def export_int8(source: Source) -> bytes:
 def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
     """Trace the network as it is served."""
     served = ServedNetwork(model, model_name)
-    network = inference_copy(served, torch.device("cpu"), torch.float32)
+    network = inference_copy(served, torch.device("cpu"), torch.float32, crop)
     network = network.to(memory_format=torch.contiguous_format)
     example = torch.zeros(2, 3, crop, crop)
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
@@ -67,6 +67,8 @@ def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
         # torch calls this exporter the legacy one. For these networks it gives the same graph as
         # the new one in a fifth of the time (3 s instead of 15) and needs no further package.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+        # The size of the pictures is a constant of the file, and meant to be.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
         torch.onnx.export(
             network,
             (example,),

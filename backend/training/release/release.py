@@ -45,7 +45,16 @@ from training.release.promotion import is_worse_than_current, read_test
 from training.release.report import FormFacts, ReportFacts, write_model_card, write_report
 from training.release.tables import write_table
 
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "scikit-learn", "scipy", "onnxruntime")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "scipy",
+    "onnxruntime",
+)
 VERIFY_IMAGES = 32
 
 logger = logging.getLogger(__name__)

@@ -172,7 +172,7 @@ def test_training_leaves_everything_frozen_bit_for_bit(name: str) -> None:
     """Batch-norm statistics included: requires_grad alone would let them drift."""
     model = lived_in(name)
     frozen, trained = split_model(model, name, 6)
-    runner = inference_copy(frozen, torch.device("cpu"), torch.float32)
+    runner = inference_copy(frozen, torch.device("cpu"), torch.float32, 64)
     before = copy.deepcopy(frozen.state_dict())
     moving = copy.deepcopy(trained.state_dict())
     trained.train()
@@ -202,7 +202,7 @@ def test_folding_batch_norm_changes_the_logits_by_rounding_only(name: str) -> No
 def test_an_inference_copy_leaves_the_network_alone() -> None:
     model = lived_in("mobilenet_v2").train()
     names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())
-    runner = inference_copy(model, torch.device("cpu"), torch.bfloat16)
+    runner = inference_copy(model, torch.device("cpu"), torch.bfloat16, 64)
     assert {p.dtype for p in runner.parameters()} == {torch.bfloat16}
     assert not any(p.requires_grad for p in runner.parameters())
     assert not runner.training

@@ -61,7 +61,7 @@ def test_property_8_everything_lands_on_the_chosen_device(
     assert places(module) == {name}
     assert {tensor.dtype for tensor in module.state_dict().values()} == {dtype}
     assert places(first) == {"cpu"}
-    trained = TrainedPart([model.block], model.head).to(device)
+    trained = TrainedPart([model.block, nn.AdaptiveAvgPool2d(1)], model.head).to(device)
     logits = trained(features.float())
     assert logits.shape == (num_images, 4) and logits.device.type == name
     assert places(trained) == places(model) == {name}  # one set of tensors, moved together

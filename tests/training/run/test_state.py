@@ -50,7 +50,7 @@ def make_run(**changes: Any) -> Run:
     config = TrainingConfig(**{"freeze_layers": 0, **changes})
     torch.manual_seed(config.seed)
     model = Tiny()
-    trained = TrainedPart([model.block], model.head)
+    trained = TrainedPart([model.block, nn.AdaptiveAvgPool2d(1)], model.head)
     return train_model.build_run(config, tiny_data(), model, trained, CPU)
 
 
@@ -222,7 +222,7 @@ def test_the_average_follows_its_formula_statistics_included(
 ) -> None:
     torch.manual_seed(seed)
     model = Tiny()
-    trained = TrainedPart([model.block], model.head)
+    trained = TrainedPart([model.block, nn.AdaptiveAvgPool2d(1)], model.head)
     average = WeightAverage(trained, decay)
     expected = {k: v.double().clone() for k, v in trained.state_dict().items()}
     for n in range(1, steps + 1):
