@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,15 @@ def test_a_signal_ends_a_run_with_a_checkpoint_and_the_command_to_go_on(
     state = load_checkpoint(newest).state
     batches = {"first batch": (0, 1), "first validation": (0, 4), "saving": (1, 0)}
     assert (state["epoch"], state["batch"]) == batches[where]
+
+
+def test_a_run_in_another_thread_is_the_same_run(
+    tmp_path: Path, photos: Path, undisturbed: Outcome
+) -> None:
+    """Notebooks and web applications start it in one, where no signal can be handled."""
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        assert pool.submit(train, tmp_path, photos).result(SECONDS) == 0
+    assert outcome(tmp_path) == undisturbed
 
 
 def test_a_signal_while_the_model_is_tested_ends_the_run_at_once(

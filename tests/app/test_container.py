@@ -2,8 +2,12 @@
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -64,6 +68,28 @@ def test_it_starts_as_the_guide_says_and_asks_a_real_address() -> None:
     assert "\n" + " ".join(word for word in command if word != "--host") + "\n" in guide
     (probed,) = re.findall(r"127\.0\.0\.1:8000(/\w+)", DOCKERFILE)
     assert probed in create_app(Settings()).openapi()["paths"]
+
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 503)
+        self.end_headers()
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY"])
+def test_a_proxy_is_not_asked_for_the_health(name: str) -> None:
+    """Docker passes the proxies of its own configuration on to every container."""
+    (probe,) = instructions("HEALTHCHECK")
+    _, flag, code = json.loads(probe[probe.index("[") :])
+    with HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        code = code.replace(":8000/", f":{server.server_port}/")
+        environment = {**os.environ, name: "http://127.0.0.1:9", "no_proxy": ""}
+        command = [sys.executable, flag, code]
+        result = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=60
+        )
+    assert result.returncode == 0, result.stderr
 
 
 def test_nothing_in_the_image_reports_to_anybody() -> None:

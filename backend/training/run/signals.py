@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 
 # Whatever ends a process by default: terminals that close (HUP), clusters that announce the end of
@@ -25,12 +26,18 @@ class Interrupted(BaseException):
 
 
 class StopRequest:
-    """Remember the first signal that asks to stop; a second one ends the process at once."""
+    """Remember the first signal that asks to stop; a second one ends the process at once.
+
+    In another thread than the main one (of a notebook's server, say) no signal can be handled, so
+    whoever started it decides what they do.
+    """
 
     def __init__(self) -> None:
         self.number = 0
         self._raises = False
-        self._before = {n: signal.signal(n, self._note) for n in _signals_that_end()}
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = _signals_that_end() if in_main else []
+        self._before = {n: signal.signal(n, self._note) for n in numbers}
 
     def _note(self, number: int, _frame: object) -> None:
         if self.number:
