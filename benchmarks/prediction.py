@@ -1,24 +1,37 @@
 """How fast is one answer, against plain PyTorch and plain onnxruntime?
 
     python benchmarks/prediction.py --model_dir ml-models
+    python benchmarks/prediction.py --model_dir ml-models --photos FOLDER
 
 The network alone (decoding excluded) and the whole way from a 12-megapixel JPEG, whose plain side
-decodes it at full size. All sides use all cores.
+decodes it at full size. Both sides use all cores, or one where it is said. With the class folders
+of FOLDER, how often each form of the model is right about their photos.
 """
 
 import argparse
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import alternating
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from app.ml.artifacts import onnx_name, read_record, read_state
+from app.ml.artifacts import ModelRecord, file_name, onnx_name, read_record, read_state
+from app.ml.machine import num_cores
 from app.ml.model import build_model
-from app.ml.predictor import import_onnxruntime, load_model_for_inference
-from app.ml.preprocessing import EvalTransform, normalize
+from app.ml.predictor import (
+    FORM_SUFFIXES,
+    Runtime,
+    forms_of,
+    import_onnxruntime,
+    load_model_for_inference,
+)
+from app.ml.preprocessing import IMAGE_EXTENSIONS, EvalTransform, normalize
+
+BATCH = 32
 
 
 def photo(width: int, height: int) -> bytes:
@@ -34,59 +47,123 @@ def photo(width: int, height: int) -> bytes:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_dir", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, help="class folders, named as the model's classes")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=10)
     options = parser.parse_args()
     record = read_record(options.model_dir)
-    predictor = load_model_for_inference(options.model_dir)
-    eager = build_model(record.model_name, len(record.classes)).eval()
-    eager.load_state_dict(read_state(options.model_dir, record))
-    session = import_onnxruntime().InferenceSession(
-        (options.model_dir / onnx_name(record.version)).read_bytes(),
-        providers=["CPUExecutionProvider"],
-    )
-    transform = EvalTransform(record.preprocessing)
     print(alternating.machine())
-    pixels = torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8)
-    ready = normalize(pixels, record.preprocessing)
-    jpeg = photo(4032, 3024)
+    alternating.report_header(f"{record.model_name}, calls/s", "plain", "ours")
+    networks(options, record)
+    whole_way(options, record)
+    sizes(options.model_dir, record)
+    if options.photos:
+        accuracy(options.model_dir, options.photos, record)
 
-    def repeated(work: object) -> object:
+
+def timed(name: str, plain: Callable[[], Any], ours: Callable[[], Any], options: Any) -> None:
+    """Print how many calls a second each side makes, in turn."""
+
+    def repeated(work: Callable[[], Any]) -> Callable[[], int]:
         def run() -> int:
             for _ in range(options.repeats):
                 work()
-            return options.repeats
+            return int(options.repeats)
 
         return run
 
-    def eager_network() -> None:
+    result = alternating.compare(repeated(plain), repeated(ours), options.rounds)
+    alternating.report(name, "calls/s", result)
+
+
+def networks(options: argparse.Namespace, record: ModelRecord) -> None:
+    """One image through the network alone; plain onnxruntime has the same number of threads."""
+    crop = record.preprocessing.crop
+    pixels = torch.randint(0, 256, (1, 3, crop, crop), dtype=torch.uint8)
+    ready = normalize(pixels, record.preprocessing)
+    eager = eager_network(options.model_dir, record)
+    ours = load_model_for_inference(options.model_dir)
+
+    def plain_eager() -> None:
         with torch.inference_mode():
             eager(ready)
 
-    def plain_onnx() -> None:
-        session.run(None, {"images": ready.numpy()})
+    timed(
+        f"{ours.runtime}, against eager PyTorch", plain_eager, lambda: ours.network(ready), options
+    )
+    onnxruntime, file = import_onnxruntime(), options.model_dir / onnx_name(record.version)
+    for threads in sorted({1, num_cores()}):
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(
+            file.read_bytes(), settings, providers=["CPUExecutionProvider"]
+        )
+        for form in forms_of(record)[1:]:
+            model = load_model_for_inference(options.model_dir, runtime=form, num_threads=threads)
+            timed(
+                f"{form}, {threads} threads, against plain onnxruntime",
+                lambda session=session: session.run(None, {"images": ready.numpy()}),
+                lambda model=model: model.network(ready),
+                options,
+            )
 
-    def ours_network() -> None:
-        predictor.network(ready)
+
+def eager_network(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
+    network = build_model(record.model_name, len(record.classes)).eval()
+    network.load_state_dict(read_state(model_dir, record))
+    return network
+
+
+def whole_way(options: argparse.Namespace, record: ModelRecord) -> None:
+    """From the bytes of a photo to the answer."""
+    jpeg, transform = photo(4032, 3024), EvalTransform(record.preprocessing)
+    eager = eager_network(options.model_dir, record)
+    ours = load_model_for_inference(options.model_dir)
 
     def plain_photo() -> None:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(jpeg))).convert("RGB")
         with torch.inference_mode():
             eager(normalize(transform(image).unsqueeze(0), record.preprocessing)).softmax(1)
 
-    def ours_photo() -> None:
-        predictor.predict(jpeg)
+    timed(
+        "12-megapixel JPEG to answer, against eager",
+        plain_photo,
+        lambda: ours.predict(jpeg),
+        options,
+    )
 
-    print(f"{record.model_name + ', calls/s':<44} {'plain':>9} {'ours':>9}")
-    for name, plain, ours in (
-        ("network, against eager PyTorch", eager_network, ours_network),
-        ("network, against plain onnxruntime", plain_onnx, ours_network),
-        ("12-megapixel JPEG to answer, against eager", plain_photo, ours_photo),
-    ):
-        result = alternating.compare(repeated(plain), repeated(ours), options.rounds)
-        alternating.report(name, "calls/s", result)
+
+def sizes(model_dir: Path, record: ModelRecord) -> None:
+    """Print the size of each form's file, and its share of the ONNX file's."""
+    files = {f: model_dir / file_name(record.version, FORM_SUFFIXES[f]) for f in forms_of(record)}
+    plain = (model_dir / onnx_name(record.version)).stat().st_size
+    for form, file in files.items():
+        size = file.stat().st_size
+        print(f"{form:<6} {size / 1e6:6.2f} MB  {size / plain:4.0%}")
+
+
+def accuracy(model_dir: Path, photos: Path, record: ModelRecord) -> None:
+    """Print how often each form is right, and how often it agrees with the first."""
+    files = [
+        (file, index)
+        for name, index in record.class_to_idx.items()
+        for file in sorted((photos / name).iterdir())
+        if file.suffix.lower() in IMAGE_EXTENSIONS
+    ]
+    labels = np.array([index for _, index in files])
+    models = {form: load_model_for_inference(model_dir, runtime=form) for form in forms_of(record)}
+    answers: dict[Runtime, list[int]] = {form: [] for form in models}
+    for start in range(0, len(files), BATCH):
+        images = [models["torch"].preprocess(file) for file, _ in files[start : start + BATCH]]
+        for form, model in models.items():
+            answers[form] += model.logits(torch.stack(images)).argmax(dim=1).tolist()
+    for form, found in answers.items():
+        hits, same = np.array(found) == labels, np.array(found) == np.array(answers["torch"])
+        print(f"{form:<6} top-1 {hits.mean():.3f} of {len(labels)}, as torch {same.mean():.1%}")
 
 
 if __name__ == "__main__":

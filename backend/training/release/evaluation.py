@@ -333,7 +333,7 @@ def fit_all(
     """Fit each network's decision; a form that is not good enough joins the missing instead."""
     fits = {PLAIN: fitted(known[PLAIN], val[PLAIN], num_classes)}
     for runtime in FORMATS:
-        if runtime in val:
+        if runtime in val and runtime != PLAIN:
             try:
                 fit = fitted(known[runtime], val[runtime], num_classes)
             except ValueError as error:

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.ml.predictor import import_onnxruntime
 from app.ml.preprocessing import PreprocessConfig, normalize
 
-CALIBRATION_BATCH = 8  # every activation of as many images is in memory at once: 0.3 GB
+CALIBRATION_BATCH = 2  # all activations of as many images are in memory: 0.1 GB for each
 # From the last pooling to the logits all stays in float: it takes a hundredth of the time, and an
 # answer should not be rounded to 256 steps.
 HEAD_OPERATORS = {"GlobalAveragePool", "ReduceMean", "Flatten", "Gemm"}
