@@ -4,8 +4,6 @@ import argparse
 import io
 import logging
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +28,7 @@ from training.config import (
 from training.errors import ConfigError, ReleaseError, TrainingError
 from training.run.mlflow_sync import sync
 from training.run.signals import Interrupted
+from training.shell import quoted
 from training.uris import without_password
 
 SCRIPT = ["python", "backend/train_model.py"]
@@ -231,5 +230,4 @@ def resume_command(script: Sequence[str], arguments: Sequence[str]) -> str:
 
 def shown(command: Sequence[str]) -> str:
     """Quote a command for the shell that people have here; passwords are masked."""
-    quoted = subprocess.list2cmdline(command) if os.name == "nt" else shlex.join(command)
-    return without_password(quoted)
+    return without_password(quoted(command))

@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 from training.errors import TrackingError
 from training.run.history import RECORD_NAME
 from training.run.mlflow_sync import Sync, SyncResult, only_one, out_of_sync
+from training.shell import quoted
 from training.uris import without_password
 
 BACKEND = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def sync_command(run_dir: Path, tracking_uri: str) -> str:
     words = ["python", script, "--sync_mlflow", str(run_dir)]
     if (shown := without_password(tracking_uri)) != tracking_uri:
         words += ["--tracking_uri", shown]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return quoted(words)
 
 
 def _size(path: Path) -> int:

@@ -28,13 +28,6 @@ def test_the_printed_command_can_be_pasted(arguments: list[str]) -> None:
     assert words[2:-2] == kept
 
 
-def test_on_windows_it_is_quoted_for_cmd_exe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cmd.exe takes single quotes literally."""
-    monkeypatch.setattr(cli.os, "name", "nt")
-    line = resume_command(["python", "train_model.py"], ["--data_dir", r"C:\Users\Eva M\food"])
-    assert r'--data_dir "C:\Users\Eva M\food"' in line and "'" not in line
-
-
 def test_a_password_is_never_printed() -> None:
     line = shown(["python", "t.py", "--tracking_uri", "http://me:s3cret@host"])
     assert "s3cret" not in line and "http://me:***@host" in line
