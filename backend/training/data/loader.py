@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,8 +70,16 @@ class Flag:
 START_METHOD: BaseContext | None = None
 if sys.platform == "linux":
 
+    class Worker(multiprocessing.context.ForkProcess):
+        """A process that ends when PyTorch ends it: it ignores SIGTERM."""
+
+        def terminate(self) -> None:
+            self.kill()
+
     class ForkContext(multiprocessing.context.ForkContext):
         """Forks, and has a flag where others have an event."""
+
+        Process = Worker
 
         def Event(self) -> Flag:  # type: ignore[override]
             return Flag()
@@ -285,7 +293,7 @@ class ImageLoader:
         num_workers = fitting_workers(num_workers, sampler.batch_size, dataset.crop)
         self.paths, self.sampler, self.num_workers = dataset.paths, sampler, num_workers
         self.skipped = {} if skipped is None else skipped
-        self._batches: Iterator[Batch] | None = None
+        self._iterator: Any = None
         self._loader: DataLoader[Sample] | None = DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -308,12 +316,11 @@ class ImageLoader:
         Raises:
             DataError: the disk has gone.
         """
-        self._batches = self._read()
-        return self._batches
+        return self._read()
 
     def _read(self) -> Iterator[Batch]:
         assert self._loader, "closed"
-        batches = iter(self._loader)
+        batches = self._iterator = iter(self._loader)
         while (batch := _next_of(batches)) is not None:
             for sample in batch.problems:
                 self._skip(self.paths[sample.key.image], sample)
@@ -332,12 +339,11 @@ class ImageLoader:
     def close(self) -> None:
         """End the worker processes, in the middle of an epoch too.
 
-        An error's traceback would keep them alive otherwise: as they ignore SIGTERM, the process
-        would wait for them at its end, and never end.
+        PyTorch ends them when nothing refers to its iterator, which an error's traceback does.
         """
-        if self._batches:
-            self._batches.close()  # type: ignore[attr-defined]  # a generator
-        self._loader = None
+        if self._iterator and self.num_workers:
+            self._iterator._shutdown_workers()
+        self._iterator = self._loader = None
 
 
 def _next_of(batches: Iterator[Batch]) -> Batch | None:
