@@ -23,6 +23,24 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({name: shorten(value) for name, value in values.items()})
 
 
+class OncePerSecond(logging.Filter):
+    """Let a message pass once a second for as long as it is repeated.
+
+    Without a free file descriptor, asyncio logs the same error 2,000 times a second.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed = ("", 0.0)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message, last = self._passed
+        if record.getMessage() == message and 0 <= record.created - last < 1:
+            return False
+        self._passed = record.getMessage(), record.created
+        return True
+
+
 def shorten(value: Any, limit: int = LONGEST_VALUE) -> Any:
     """Cut a text that is longer than the limit."""
     if isinstance(value, str) and len(value) > limit:
@@ -42,6 +60,7 @@ def log_to_stderr() -> None:
     logging.root.addHandler(handler)
     logging.captureWarnings(True)
     logging.getLogger("app").setLevel(logging.INFO)
+    logging.getLogger("asyncio").addFilter(OncePerSecond())
     uvicorn = logging.getLogger("uvicorn")
     if all(type(h.formatter).__module__ == "uvicorn.logging" for h in uvicorn.handlers):
         uvicorn.handlers.clear()  # its default, which writes plain text
