@@ -259,6 +259,13 @@ def test_without_other_forms_pytorch_answers(model_dir: Path) -> None:
     assert forms_of(read_record(model_dir)) == ["torch"]
 
 
+def test_threads_that_wait_leave_their_cores_to_others(forms_dir: Path) -> None:
+    """Under a CPU quota, threads that spin used up what the one that computes needed."""
+    model = load_model_for_inference(forms_dir, runtime="onnx")
+    options = model.network.session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
 @pytest.mark.parametrize("name", ["food_model_v1.int8.onnx", "food_model_v1.int8.centroids.pth"])
 @pytest.mark.parametrize("runtime", ["auto", "int8"])
 def test_the_files_of_the_int8_form_are_read_with_their_checksums(
