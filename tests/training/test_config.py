@@ -29,7 +29,7 @@ COUNT = ["0", "-1", "2.5", "many", "", "nan", "1e3"]
 SHARE = ["0", "1", "-0.5", "1.5", "nan", "inf", "half", ""]
 POSITIVE = ["0", "-1", "nan", "inf", "-inf", "fast", ""]
 BAD: dict[str, list[str]] = {
-    "model_name": ["vgg16", "", "MobileNet_V2", "mobilenet_v2 "],
+    "model_name": ["vgg16", "", "MobileNet_V2", "mobilenet_v2 ", "timm", "resnet18.a1_in1k"],
     "weights": ["", "  "],
     "freeze_layers": ["-1", "2.5", "some", ""],
     "data_dir": ["", " ", "~nobody-of-this-name/x"],
@@ -322,3 +322,14 @@ def test_differences_are_said_in_words() -> None:
     assert (differences(ours, ours)) == []
     assert (differences(ours, theirs)) == ["seed is 1, was 2"]
     assert (differences({}, {"x": 1})) == ["x is None, was 1"]
+
+
+def test_a_network_that_timm_does_not_have_is_one_line_with_close_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = refused(["--model_name=timm/resnt18"], capsys)
+    assert "--model_name timm/resnt18: timm " in line
+    assert "has no network 'resnt18'; close: resnet18," in line
+    with pytest.raises(ConfigError, match="not one classifier"):
+        TrainingConfig(model_name="timm/crossvit_tiny_240.in1k")
+    assert TrainingConfig(model_name="timm/resnet18.a1_in1k").preprocessing.crop == 224

@@ -284,7 +284,7 @@ class OnnxNetwork:
     def __init__(self, model: bytes, num_threads: int | None) -> None:
         onnxruntime = import_onnxruntime()
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # its warnings are plain text on stderr; errors are raised
+        options.log_severity_level = 4  # plain text on stderr, while errors are raised
         options.intra_op_num_threads = num_threads or num_cores()
         # A thread that spins while it waits takes the core that another one needs.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

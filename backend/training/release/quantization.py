@@ -4,6 +4,8 @@ Post-training, static: what range each activation needs is seen on training phot
 int8, with a scale for each channel; activations uint8, from the lowest to the highest value seen.
 """
 
+import contextlib
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory(prefix="nutrilearn-int8-") as folder:
+    with tempfile.TemporaryDirectory(prefix="nutrilearn-int8-") as folder, quiet_root_logger():
         plain, folded, quantized = (Path(folder) / name for name in ("plain", "folded", "int8"))
         plain.write_bytes(model)
         quant_pre_process(str(plain), str(folded), skip_symbolic_shape=True)
@@ -47,6 +49,24 @@ def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
             nodes_to_exclude=head_nodes(folded),
         )
         return quantized.read_bytes()
+
+
+@contextlib.contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """Inside, nothing that is logged by the root logger itself is shown, as our lines are not.
+
+    The quantizer logs hundreds of lines there about single tensors of a transformer.
+    """
+    root = logging.getLogger()
+    root.addFilter(_nothing)
+    try:
+        yield
+    finally:
+        root.removeFilter(_nothing)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def head_nodes(path: Path) -> list[str]:

@@ -188,7 +188,7 @@ class Run:
         self.trained.train()
         if self.config.is_pretrained:
             for module in self.trained.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
                     module.eval()
 
     def dropout_masks(self, positions: Tensor) -> Tensor:

@@ -199,6 +199,27 @@ def test_folding_batch_norm_changes_the_logits_by_rounding_only(name: str) -> No
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
 
 
+class NotInOrder(nn.Module):
+    """Lists a convolution right before a batch-norm that has nothing to do with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.norm.running_mean.fill_(0.5)  # type: ignore[union-attr]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(self.norm(images).relu())
+
+
+def test_batch_norm_is_folded_only_where_that_changes_nothing() -> None:
+    module = NotInOrder().eval()
+    images = torch.rand(2, 3, 8, 8)
+    copied = inference_copy(module, torch.device("cpu"), torch.float32, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(copied(images), module(images))
+        assert not torch.allclose(fold_batch_norm(copy.deepcopy(module))(images), module(images))
+
+
 def test_an_inference_copy_leaves_the_network_alone() -> None:
     model = lived_in("mobilenet_v2").train()
     names, before = list(model.state_dict()), copy.deepcopy(model.state_dict())

@@ -1,5 +1,6 @@
 """The INT8 form: what is in integers, what stays in float, and what making it may cost."""
 
+import logging
 import platform
 import tempfile
 from pathlib import Path
@@ -130,3 +131,15 @@ def test_a_real_backbone_takes_a_third_of_the_bytes() -> None:
     assert 0 < relative_error(plain, quantized, config) < 0.2
     graph = onnx.load_from_string(quantized).graph
     assert not [node for node in graph.node if node.op_type == "Clip"], "part of the ranges"
+
+
+def test_the_quantizer_keeps_its_remarks_on_tensors_to_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a transformer it has hundreds, of which nobody can use one."""
+    caplog.set_level(logging.INFO)
+    plain, config = network("timm/test_vit")
+    assert quantize(plain, photos(2, config), config)
+    assert not caplog.messages
+    logging.info("shown again")
+    assert caplog.messages == ["shown again"]
