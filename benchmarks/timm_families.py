@@ -1,7 +1,7 @@
 """How are timm's networks cut, do all forms of one answer alike, and how fast does it train?
 
-    python benchmarks/timm_families.py                       a network of each family
-    python benchmarks/timm_families.py --names convnext_tiny.in12k_ft_in1k --freeze_layers 12
+    python benchmarks/timm_families.py            a network of each family, and MobileNetV2
+    python benchmarks/timm_families.py --names timm/convnext_atto.d2_in1k --freeze_layers 8
 
 A row for each network, in Markdown, with random weights, on drawn plates: its layers; what is
 frozen; whether that runs as inference; how far the logits are from the whole network's, as a share
@@ -21,7 +21,6 @@ from training_speed import OurLoop, shorten
 
 import train_model
 from app.ml.model import (
-    TIMM,
     ServedNetwork,
     backbone,
     build_model,
@@ -36,13 +35,14 @@ from training.sample.generate import draw_sample
 
 CPU = torch.device("cpu")
 NAMES = (
-    "resnet18.a1_in1k",
-    "efficientnet_b0.ra_in1k",
-    "mobilenetv3_large_100.ra_in1k",
-    "convnext_tiny.in12k_ft_in1k",
-    "regnety_004.tv2_in1k",
-    "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
-    "swin_tiny_patch4_window7_224.ms_in1k",
+    "mobilenet_v2",  # to compare with
+    "timm/resnet18.a1_in1k",
+    "timm/efficientnet_b0.ra_in1k",
+    "timm/mobilenetv3_large_100.ra_in1k",
+    "timm/convnext_tiny.in12k_ft_in1k",
+    "timm/regnety_004.tv2_in1k",
+    "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "timm/swin_tiny_patch4_window7_224.ms_in1k",
 )
 
 
@@ -97,7 +97,7 @@ def images_per_second(config: TrainingConfig, images: int, rounds: int) -> float
 
 def main() -> None:
     parser = alternating.make_parser(__doc__, rounds=3)
-    parser.add_argument("--names", nargs="+", default=NAMES, help="timm's names (one a family)")
+    parser.add_argument("--names", nargs="+", default=NAMES, help="(one of each family)")
     parser.add_argument("--freeze_layers", type=int, default=10, help="(10, or all there are)")
     parser.add_argument("--images", type=int, default=96, help="in an epoch (96)")
     options = parser.parse_args()
@@ -105,11 +105,10 @@ def main() -> None:
     print("| network | layers | frozen | as inference | split | ONNX | images/s |")
     print("|---|---|---|---|---|---|---|")
     for name in options.names:
-        model_name = TIMM + name
-        row = backbone(model_name)
+        row = backbone(name)
         freeze = min(options.freeze_layers, len(row.layers(row.build(10))))
         config = TrainingConfig(
-            model_name=model_name,
+            model_name=name,
             weights="none",
             freeze_layers=freeze,
             data_dir=draw_sample(alternating.REPOSITORY / "data" / "sample"),

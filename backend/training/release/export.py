@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import SaveError, state_bytes
-from app.ml.model import ServedNetwork, inference_copy
-from app.ml.predictor import Runtime, load_model_for_inference
-from app.ml.preprocessing import PreprocessConfig
+from app.ml.model import BACKBONES, ServedNetwork, inference_copy
+from app.ml.predictor import OnnxNetwork, Runtime, load_model_for_inference
+from app.ml.preprocessing import PreprocessConfig, normalize
 from training.errors import VerificationError
 from training.release.quantization import quantize
+
+NUM_COMPARED = 31  # not a multiple of the two images that a network is traced with
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Source:
     preprocessing: PreprocessConfig
     calibration: Tensor
 
+    @property
+    def is_tried(self) -> bool:
+        """Whether the network is known to have a right ONNX form, which not all of timm's have."""
+        return self.model_name in BACKBONES
+
     @cached_property
     def onnx(self) -> bytes:
         """The ONNX form, from which others are made."""
@@ -47,7 +54,18 @@ def export_state(source: Source) -> memoryview:
 
 
 def export_onnx(source: Source) -> bytes:
-    """Write the network, batch-norm folded: images (N, 3, crop, crop) to logits and features."""
+    """Write the network, batch-norm folded: images (N, 3, crop, crop) to logits and features.
+
+    Raises:
+        VerificationError: the file of a network that was not tried before gives other logits.
+    """
+    if not source.is_tried:
+        images = normalize(source.calibration[:NUM_COMPARED], source.preprocessing)
+        with torch.inference_mode():
+            expected = ServedNetwork(source.model, source.model_name).eval()(images)[0]
+        difference = float((OnnxNetwork(source.onnx, None)(images)[0] - expected).abs().max())
+        if not difference <= FORMATS["onnx"].tolerance:
+            raise VerificationError(f"its logits differ from the network's by up to {difference:g}")
     return source.onnx
 
 
@@ -105,7 +123,10 @@ FORMATS: dict[Runtime, Format] = {
 
 
 def export_forms(source: Source) -> tuple[Forms, dict[Runtime, str]]:
-    """Write the model in every form; return them, and why one with answers of its own is missing.
+    """Write the model in every form; return them, and why others are missing.
+
+    Those with answers of their own may be missing, and of a network that was not tried before, all
+    but its weights.
 
     Raises:
         SaveError: another one cannot be written.
@@ -117,7 +138,7 @@ def export_forms(source: Source) -> tuple[Forms, dict[Runtime, str]]:
             forms[runtime] = form.export(source)
         except Exception as error:
             reason = reason_of(error)
-            if not form.has_own_answers:
+            if not form.has_own_answers and (source.is_tried or runtime == "torch"):
                 raise SaveError(
                     f"the model could not be written for {runtime}: {reason}; earlier versions are "
                     "untouched"

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from tests.support.released import release_model
 from torch import nn
 
-from app.ml.artifacts import DamagedArtifactError, read_record
+from app.ml.artifacts import DamagedArtifactError, SaveError, read_record
 from app.ml.model import (
+    BACKBONES,
     WeightsError,
     backbone,
     build_model,
@@ -27,6 +28,7 @@ from app.ml.model import (
 )
 from app.ml.predictor import import_onnxruntime, load_model_for_inference
 from app.ml.preprocessing import PreprocessConfig
+from training.release import export
 from training.release.export import onnx_bytes
 
 CPU = torch.device("cpu")
@@ -324,3 +326,30 @@ def test_a_release_of_a_network_that_timm_has_no_more_says_so(
 
 def gone(*_: object, **__: object) -> None:
     raise RuntimeError("Invalid pretrained tag")
+
+
+@pytest.mark.parametrize("harm", ["cannot be traced", "answers otherwise"])
+def test_a_network_without_a_right_onnx_form_is_released_without_it(
+    harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the tracer makes of networks that nobody tried is not known before the training."""
+    name, model = "timm/test_vit", lived_in("timm/test_vit")
+    config = PreprocessConfig(**backbone(name).preprocessing)
+    pixels = (pictures(name, 5) * 255).byte()
+    real, other = export.onnx_bytes, lived_in(name, seed=1)
+
+    def harmed(_model: nn.Module, *values: Any) -> bytes:
+        if harm == "cannot be traced":
+            raise RuntimeError("unsupported operator")
+        return real(other, *values)
+
+    forms, missing = export.export_forms(export.Source(model, name, config, pixels))
+    assert {"torch", "onnx"} <= forms.keys() and "onnx" not in missing
+    monkeypatch.setattr(export, "onnx_bytes", harmed)
+    forms, missing = export.export_forms(export.Source(model, name, config, pixels))
+    assert "torch" in forms and "onnx" not in forms
+    assert ("unsupported operator" in missing["onnx"]) == (harm == "cannot be traced")
+    if harm == "cannot be traced":
+        monkeypatch.setitem(BACKBONES, name, backbone(name))  # as one whose form is known
+        with pytest.raises(SaveError, match="could not be written for onnx"):
+            export.export_forms(export.Source(model, name, config, pixels))
