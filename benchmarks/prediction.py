@@ -147,7 +147,7 @@ def sizes(model_dir: Path, record: ModelRecord) -> None:
 
 
 def accuracy(model_dir: Path, photos: Path, record: ModelRecord) -> None:
-    """Print how often each form is right, and how often it agrees with the first."""
+    """Print how often the forms for CPUs are right, and how often each agrees with the first."""
     files = [
         (file, index)
         for name, index in record.class_to_idx.items()
@@ -155,15 +155,18 @@ def accuracy(model_dir: Path, photos: Path, record: ModelRecord) -> None:
         if file.suffix.lower() in IMAGE_EXTENSIONS
     ]
     labels = np.array([index for _, index in files])
-    models = {form: load_model_for_inference(model_dir, runtime=form) for form in forms_of(record)}
+    models = {
+        form: load_model_for_inference(model_dir, runtime=form) for form in forms_of(record)[1:]
+    }
+    first = next(iter(models))
     answers: dict[Runtime, list[int]] = {form: [] for form in models}
     for start in range(0, len(files), BATCH):
-        images = [models["torch"].preprocess(file) for file, _ in files[start : start + BATCH]]
+        images = [models[first].preprocess(file) for file, _ in files[start : start + BATCH]]
         for form, model in models.items():
             answers[form] += model.logits(torch.stack(images)).argmax(dim=1).tolist()
     for form, found in answers.items():
-        hits, same = np.array(found) == labels, np.array(found) == np.array(answers["torch"])
-        print(f"{form:<6} top-1 {hits.mean():.3f} of {len(labels)}, as torch {same.mean():.1%}")
+        hits, same = np.array(found) == labels, np.array(found) == np.array(answers[first])
+        print(f"{form:<6} top-1 {hits.mean():.3f} of {len(labels)}, as {first} {same.mean():.1%}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +21,7 @@ CALIBRATION_BATCH = 2  # all activations of as many images are in memory: 0.1 GB
 # From the last pooling to the logits all stays in float: it takes a hundredth of the time, and an
 # answer should not be rounded to 256 steps.
 HEAD_OPERATORS = {"GlobalAveragePool", "ReduceMean", "Flatten", "Gemm"}
+FEW_CHANNELS = 3  # in each group of a convolution
 
 
 def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
@@ -46,7 +48,7 @@ def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=head_nodes(folded),
+            nodes_to_exclude=float_nodes(folded),
         )
         return quantized.read_bytes()
 
@@ -69,12 +71,30 @@ def _nothing(_: logging.LogRecord) -> bool:
     return False
 
 
-def head_nodes(path: Path) -> list[str]:
-    """Name the nodes of an ONNX file that lead from the last pooling to the logits."""
+def float_nodes(path: Path) -> list[str]:
+    """Name the nodes of an ONNX file that stay in float: its stem and its head."""
     import onnx
 
+    graph = onnx.load(str(path)).graph
+    return stem_nodes(graph) + head_nodes(graph)
+
+
+def stem_nodes(graph: Any) -> list[str]:
+    """Name the nodes up to the first convolution of many channels: a sum of few products, as over
+    three colors or in a depthwise convolution, is faster in float (0.9 ms instead of 1.4)."""
+    channels = {tensor.name: tensor.dims[1] for tensor in graph.initializer if len(tensor.dims) > 1}
+    found: list[str] = []
+    for node in graph.node:  # they stand in the order of computing
+        if node.op_type == "Conv" and channels.get(node.input[1], np.inf) > FEW_CHANNELS:
+            return found
+        found.append(node.name)
+    return []  # no convolution of many channels: nothing would be left
+
+
+def head_nodes(graph: Any) -> list[str]:
+    """Name the nodes from the last pooling to the logits."""
     found, wanted = [], {"logits"}
-    for node in reversed(onnx.load(str(path)).graph.node):  # they stand in the order of computing
+    for node in reversed(graph.node):
         if node.op_type in HEAD_OPERATORS and wanted & set(node.output):
             found.append(node.name)
             wanted |= set(node.input)

@@ -57,21 +57,24 @@ def test_it_answers_nearly_as_the_plain_network(
     assert 0 < relative_error(*small) < 0.05
 
 
-def test_convolutions_are_in_integers_and_the_head_in_float(
+def test_convolutions_are_in_integers_and_the_stem_and_the_head_in_float(
     small: tuple[bytes, bytes, PreprocessConfig],
 ) -> None:
     graph = onnx.load_from_string(small[1]).graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    assert len(convolutions) == len(standin.WIDTHS)
+    stem, *convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert kinds[stem.input[1]] == onnx.TensorProto.FLOAT and stem.input[0] == "images"
+    assert len(convolutions) == len(standin.WIDTHS) - 1
     for node in convolutions:
         assert made_by[node.input[0]] == made_by[node.input[1]] == "DequantizeLinear"
     weights = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
-    assert {len(onnx.numpy_helper.to_array(tensor)) for tensor in weights} >= set(standin.WIDTHS)
+    assert {len(onnx.numpy_helper.to_array(tensor)) for tensor in weights} == set(
+        standin.WIDTHS[1:]
+    )
     scales = [t for t in graph.initializer if t.name.endswith("weight_scale")]
-    assert [list(t.dims) for t in scales] == [[width] for width in standin.WIDTHS], "per channel"
-    assert not [node for node in graph.node if node.op_type in ("Relu", "Clip")]
+    assert [list(t.dims) for t in scales] == [[w] for w in standin.WIDTHS[1:]], "per channel"
+    assert len([node for node in graph.node if node.op_type == "Relu"]) == 1, "of the stem"
     (head,) = (node for node in graph.node if node.op_type == "Gemm")
     assert kinds[head.input[1]] == onnx.TensorProto.FLOAT
     assert [output.name for output in graph.output] == ["logits", "pooled"]
@@ -130,7 +133,8 @@ def test_a_real_backbone_takes_a_third_of_the_bytes() -> None:
     assert len(quantized) < 0.35 * len(plain)
     assert 0 < relative_error(plain, quantized, config) < 0.2
     graph = onnx.load_from_string(quantized).graph
-    assert not [node for node in graph.node if node.op_type == "Clip"], "part of the ranges"
+    clips = [node for node in graph.node if node.op_type == "Clip"]
+    assert len(clips) == 2, "of the stem; the others are part of the ranges"
 
 
 def test_the_quantizer_keeps_its_remarks_on_tensors_to_itself(
