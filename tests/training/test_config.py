@@ -301,6 +301,7 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
         assert config.sizes == sizes_of(name)
         assert config.preprocessing.crop == config.sizes["test_crop"]
         assert config.preprocessing.mean == row.preprocessing["mean"]
+    assert TrainingConfig().sizes == {"train_crop": 224, "test_resize": 256, "test_crop": 256}
     given = TrainingConfig(train_crop=160, test_resize=250, test_crop=240)
     assert given.sizes == {"train_crop": 160, "test_resize": 250, "test_crop": 240}
     assert (given.preprocessing.resize, given.preprocessing.crop) == (250, 240)

@@ -541,6 +541,7 @@ BACKBONES = {
         head="classifier.1",
         preprocessing=_torchvision_preprocessing("mobilenet_v2"),
         imagenet=_torchvision_imagenet("mobilenet_v2"),
+        sizes={"test_resize": 256, "test_crop": 256},  # measured in docs/experiments.md
     ),
     "efficientnet_b0": Backbone(
         build=_efficientnet_b0,
