@@ -102,7 +102,7 @@ def test_property_6_serving_sees_what_validation_saw(
     path = tmp_path_factory.mktemp("photo") / f"photo.{ending}"
     path.write_bytes(data)
     item = EvalImages((str(path),), config)[SampleKey(0, 0, 0)]
-    record: Any = SimpleNamespace(preprocessing=config, classes=["a"])
+    record: Any = SimpleNamespace(preprocessing=config, classes=["a"], decision_of=lambda _: None)
     network: Any = None  # nothing is asked of it here
     served = FoodPredictor(record, network, centroids=torch.eye(2))
     assert item.pixels is not None and item.problem is None
