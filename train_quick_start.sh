@@ -47,7 +47,7 @@ find_python() {
     fi
     newer=${newer:-$name}
   done
-  [ -n "$newer" ] || fail "a 64-bit Python 3.10 to 3.14 is needed, and ${PYTHON:-python3} is" \
+  [ -n "$newer" ] || fail "a 64-bit Python 3.10 to 3.14 is needed, but ${PYTHON:-python3} is" \
     "$(version_of "${PYTHON:-python3}"); get one from python.org or your system's" \
     "packages (in an unusual place: PYTHON=/path/to/python ./train_quick_start.sh)"
   echo "$("$newer" --version) is newer than 3.14; if installing fails, use PYTHON=/path/to/python3.14" >&2

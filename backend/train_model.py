@@ -1,24 +1,24 @@
 """Train a network to tell dishes apart, and release it for serving.
 
     python backend/train_model.py --sample --model_name efficientnet_lite0 --epochs 5
-        a few minutes on two CPU cores, nothing to download: drawn plates, a whole run
+        a whole run on drawn plates: a few minutes on two CPU cores, nothing to download
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2
         Food-101 (5 GB, downloaded once to data/): hours on a CPU, well under one on a GPU
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2 --resume auto
-        the same command continues where it was cut off, to the same weights
+        continues a run that was cut off, to the weights that it would have had
     python backend/train_model.py --predict lunch.jpg
         what the newest model sees; for a folder, a table in predictions.csv
     python backend/train_model.py --compare v1 v2
-        two versions on the same test images
+        how two versions differ on the same test images
     python backend/train_model.py --promote v2
-        the version that is served from now on
+        makes v2 the version that is served from now on
 
 The model goes to ml-models/ (food_model_vN.pth, class_to_idx.json, model_config.json and a report),
 what resuming needs to checkpoints/, and the history to metrics.jsonl there and to MLflow
 (mlflow ui --backend-store-uri sqlite:///mlflow.db). MODEL_TRAINING_GUIDE.md explains each flag.
-
-Read it from the bottom: `train` is the whole job, `fit` the epochs, `train_step` one update.
 """
+
+# Read this from the bottom: `train` is the whole job, `fit` the epochs, `train_step` one update.
 
 import contextlib
 import dataclasses
@@ -79,7 +79,8 @@ logger = logging.getLogger("nutrilearn")
 def train_step(run: Run, module: nn.Module, batch: FeatureBatch, processes: Processes) -> Tensor:
     """Update the weights from one batch.
 
-    Nothing here waits for the device: the answer is read when a person or a checkpoint needs it.
+    Nothing here waits for the device: the result is read when the progress bar or a checkpoint
+    needs it.
 
     Returns (4,) on the device, of this process's share: the summed loss, the correct answers, the
     images, and whether the loss and the gradient are finite.
@@ -136,10 +137,11 @@ def gradients(
 
 @contextlib.contextmanager
 def warmed_up_rate(run: Run) -> Iterator[None]:
-    """Inside, the learning rates are as far as the linear warm-up has brought them.
+    """Inside, scale the learning rates by how far the linear warm-up has come.
 
-    Adam's first steps follow the sign of a gradient that one batch alone has shaped, at full
-    length; without the warm-up they cost 1.7 points of accuracy (docs/experiments.md).
+    Adam's first steps have full length but follow the sign of a single batch's gradient; without
+    the warm-up they cost 1.7 points of accuracy (docs/experiments.md). `run.average` counts the
+    steps.
     """
     progress = min(1.0, (run.average.updates + 1) / max(run.warmup_steps, 1))
     rates = [group["lr"] for group in run.optimizer.param_groups]
@@ -230,6 +232,8 @@ def validate_epoch(
 ) -> tuple[float, float]:
     """Compute the loss and the accuracy of the averaged weights over the validation images.
 
+    The loss is plain cross-entropy, without label smoothing, so it compares across settings.
+
     Raises: as `train_epoch`.
     """
     module, device = run.average.module.eval(), batches.frozen.device
@@ -276,7 +280,7 @@ def finish_epoch(run: Run, metrics: dict[str, float]) -> bool:
 def load_model(
     config: TrainingConfig, class_to_idx: Mapping[str, int], *, pretrained: bool
 ) -> tuple[nn.Module, nn.Module, TrainedPart]:
-    """Build the network; return it whole, its frozen part and its trained part.
+    """Build the network; return the whole, its frozen part and its trained part.
 
     pretrained: False where a checkpoint will be restored, which holds all weights.
 
@@ -305,7 +309,7 @@ def load_model(
 
 
 def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> TrainingConfig:
-    """Replace auto and on by what they mean here; num_images: of the training split."""
+    """Replace `auto` and `on` by what they mean here. num_images: of the training split."""
     # The average looks back over two epochs: 0.98 at 25 steps an epoch, 0.9997 at Food-101's 1,894.
     steps_per_epoch = math.ceil(num_images / config.batch_size)
     automatic_decay = 1 - 1 / max(2 * steps_per_epoch, 2)
@@ -316,7 +320,7 @@ def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> Tr
         precision=choose_precision(config.precision, device),
         num_workers=default_num_workers(device) if workers == "auto" else workers,
         ema_decay=decay,
-        # A small rate protects what pretraining gave; without it there is nothing to protect.
+        # A small rate protects what pretraining gave; without pretraining it only slows learning.
         backbone_lr_scale=config.backbone_lr_scale if config.is_pretrained else 1.0,
     )
 

@@ -29,7 +29,7 @@ DEFAULT_PORTS = {("http", ":80"), ("https", ":443")}
 
 
 class SettingsError(ValueError):
-    """The environment holds a setting that is misspelt or cannot be used; one line says which."""
+    """The environment holds a setting that is misspelled or cannot be used; one line says which."""
 
 
 def plain_number(value: Any) -> Any:

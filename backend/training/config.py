@@ -154,20 +154,20 @@ class TrainingConfig:
         "training", 3, integer(0),
         "epochs without a lower validation loss before the learning rate is reduced")
     scheduler_factor: float = pinned(
-        "training", 0.5, number(0, 1), "factor to reduce it by")
+        "training", 0.5, number(0, 1), "factor by which the learning rate is reduced")
     early_stopping_patience: int = setting(
         "training", 5, integer(1), "epochs without a lower validation loss before the run stops")
     gradient_clip_max_norm: float = pinned(
         "training", 1.0, number(0), "maximum gradient norm")
     ema_decay: float | str = pinned(
         "training", "on", or_word(number(0, 1, from_low=True), "on"),
-        "decay of the moving average of the weights, which is validated and released (on: to suit "
+        "decay of the moving average of the weights, which is validated and released (on: set by "
         "the length of an epoch; 0: off)")
     seed: int = pinned(
         "training", 42, SEED, "random seed")
     runs: int = setting(
         "training", 1, integer(1),
-        "train so many times, with a seed each, and release the mean of the weights")
+        "train this many times, each with another seed, and release the mean of the weights")
     split_seed: int | None = pinned("data", None, SEED, None)  # of the splits, if another one
 
     # The pretrained layers' learning rate relative to the head's; 1 where nothing is pretrained.
@@ -185,14 +185,15 @@ class TrainingConfig:
         "device", "auto", choice("auto", "cuda", "cpu", "mps"), "where to compute")
     precision: str = pinned(
         "device", "auto", choice("auto", "fp32", "bf16", "fp16"),
-        "number format of the network's arithmetic (auto: the fastest the device has)")
+        "number format to compute in (auto: the fastest that the device has)")
 
     output_dir: Path = setting(
         "output", REPOSITORY / "ml-models", PATH, "where the versioned model goes")
     checkpoint_dir: Path = setting(
         "output", REPOSITORY / "checkpoints", PATH, "where runs keep what resuming needs")
     checkpoint_copy_dir: Path | None = setting(
-        "output", None, PATH, "keep verified copies of the checkpoints here too, e.g. on a drive")
+        "output", None, PATH,
+        "also keep verified copies of the checkpoints here, e.g. on a mounted drive")
     no_promote: bool = setting(
         "output", False, SWITCH, "release the new version without making it the current one")
     resume: str | None = setting(

@@ -152,7 +152,7 @@ def test_an_unknown_word_is_refused(clone: Clone) -> None:
 def test_an_old_python_is_refused_by_name(clone: Clone) -> None:
     result, asked = clone.run(TOO_OLD="1")
     assert (result.returncode, asked) == (1, [])
-    assert "a 64-bit Python 3.10 to 3.14 is needed, and python3 is Python 3.9.2" in result.stderr
+    assert "a 64-bit Python 3.10 to 3.14 is needed, but python3 is Python 3.9.2" in result.stderr
     assert not (clone.root / ".venv").exists()
 
 

@@ -162,7 +162,7 @@ def _read(path: Path) -> State:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"--weights {path}: not a readable state_dict ({reason})") from error
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise WeightsError(f"--weights {path}: is not a plain state_dict of tensors")
+        raise WeightsError(f"--weights {path}: not a plain state_dict of tensors")
     return state
 
 

@@ -112,7 +112,7 @@ def new_version(
 def make_cli(description: str | None) -> argparse.ArgumentParser:
     """The flags of TrainingConfig, and those that use a model rather than train one."""
     parser = make_parser(description)
-    using = parser.add_argument_group("using it")
+    using = parser.add_argument_group("using a model")
     using.add_argument(
         "--predict",
         nargs="+",
@@ -145,12 +145,12 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         nargs="+",
         type=version_number,
         metavar="VERSION",
-        help="make a version of the mean of the weights of those that make it better",
+        help="release the mean of the weights of those of these versions that improve it",
     )
     using.add_argument(
         *flag_names("sync_mlflow"),
         metavar="RUN_DIR",
-        help="sync MLflow with a run's record (--tracking_uri: with this store)",
+        help="bring MLflow up to date with a run's record (--tracking_uri: in this store)",
     )
     return parser
 

@@ -28,7 +28,7 @@ def prepare_machine() -> None:
     cores = num_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)
-        logger.info("%d of %d cores may be used here", cores, os.cpu_count() or 1)
+        logger.info("using %d of %d cores", cores, os.cpu_count() or 1)
     reuse_freed_memory()
 
 

@@ -131,7 +131,7 @@ def _check_launcher(world_size: int) -> None:
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     if missing := [name for name in needed if not os.environ.get(name)]:
         raise TrainingError(
-            f"WORLD_SIZE={world_size} is in the environment but {', '.join(missing)} not: start "
+            f"WORLD_SIZE={world_size} is in the environment, but not {', '.join(missing)}: start "
             "with torchrun, or unset WORLD_SIZE to train in one process"
         )
     _from_environment("MASTER_PORT", "0")

@@ -39,9 +39,9 @@ logger = logging.getLogger(__name__)
 class FeatureBatch(NamedTuple):
     """What one step of one process needs.
 
-    features: (N, C, H, W), the output of the frozen part. labels: (N,). positions: (N,) in the
-    whole batch, of which other processes may hold the rest. num_images: in the whole batch, whether
-    or not they could be read.
+    features: (N, C, H, W), the output of the frozen part (pixels, if nothing is frozen). labels:
+    (N,). positions: (N,) in the whole batch, of which other processes may hold the rest.
+    num_images: in the whole batch, whether or not they could be read.
     """
 
     features: Tensor

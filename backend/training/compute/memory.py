@@ -1,4 +1,4 @@
-"""Training on in smaller parts when memory runs out."""
+"""Continuing in smaller parts when memory runs out."""
 
 import logging
 from collections.abc import Callable
@@ -30,9 +30,10 @@ class MicroBatch:
         return [slice(i, i + self.size) for i in range(0, max(num_images, 1), self.size)]
 
     def equal_parts(self, num_images: int, whole: int, world_size: int) -> list[slice]:
-        """Return as many parts of a share in every process: each waits for the others' gradients.
+        """Split a share into as many parts as in every other process, as each waits for the rest.
 
-        whole: images of the whole batch, over all processes. Alone, nothing needs no part.
+        whole: images of the whole batch, over all processes. A lone process without images has no
+        part to compute.
         """
         if world_size == 1:
             return self.parts(num_images) if num_images else []

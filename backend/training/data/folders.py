@@ -23,7 +23,7 @@ UNREAD_PICTURE = re.compile(
     r"|srf|sr2|orf|rw2|raf|pef|raw|rwl|srw|x3f|3fr|iiq|kdc|dcr)"
 )
 ARCHIVE_ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
-UNREAD_FORMAT = "not a format that is read"
+UNREAD_FORMAT = "unsupported format"
 NOT_A_FILE = "not a regular file"
 IMAGE_START = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF.{4}WEBP|.{4}ftyp(avi[fs]|he[iv].|mif1|msf1)", re.DOTALL

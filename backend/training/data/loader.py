@@ -329,7 +329,7 @@ class ImageLoader:
     def _skip(self, path: str, sample: Sample) -> None:
         if sample.is_outage:
             raise DataError(
-                f"the images can no longer be read, for {OUTAGE_SECONDS} s now "
+                f"the images can no longer be read; waited {OUTAGE_SECONDS} s "
                 f"({sample.problem}); check the disk that holds them"
             )
         if path not in self.skipped:

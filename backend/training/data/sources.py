@@ -292,7 +292,7 @@ def load_custom(root: Path, audit: Audit) -> ImagesByClass:
     if problems or len(reasons) > MAX_UNREADABLE * sum(map(len, images.values())):
         problems += [f"{Path(p).relative_to(folder)}: {why}" for p, why in sorted(reasons.items())]
         lines = "".join(f"\n  {problem}" for problem in problems)
-        raise DataError(f"problems of the custom data in {folder}: {len(problems):,}{lines}")
+        raise DataError(f"problems with the custom data in {folder}: {len(problems):,}{lines}")
     for path, reason in reasons.items():
         audit.skip(path, reason)
     _note_dates(readable, audit)

@@ -217,10 +217,10 @@ def _check_enough(source: Source, custom: ImagesByClass) -> None:
     names = source.train.keys() | custom.keys()
     if len(names) < 2:
         only = join_names(names) or "none"
-        raise DataError(f"{source.name}: at least 2 classes are needed, one class only: {only}")
+        raise DataError(f"{source.name}: at least 2 classes are needed, found only: {only}")
     if source.test is not None and not any([*source.test.values(), *custom.values()]):
         raise DataError(
-            f"{source.name}: no test images of these classes; add some to its test split"
+            f"{source.name}: no test images for these classes; add some to its test split"
         )
 
 
@@ -350,7 +350,7 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
     notes = [f"{record['source']}: {len(counts):,} classes, {images} images"]
     for split in sizes:
         if bare := [name for name, count in counts.items() if not count[split]]:
-            notes.append(f"warning: no {split} images of {join_names(bare)}")
+            notes.append(f"warning: no {split} images for {join_names(bare)}")
     notes += _uneven({name: count["train"] for name, count in counts.items()})
     if duplicates := record["duplicates"]:
         first = " = ".join(paths[0] for paths in duplicates[0].values() if paths)

@@ -171,5 +171,5 @@ def check_logits(
         if not difference <= allowed:  # nor may it be NaN
             raise VerificationError(
                 f"the saved model ({runtime}) does not reproduce the logits of the trained one: "
-                f"they differ by up to {difference:.2g}, allowed is {allowed:g}"
+                f"they differ by up to {difference:.2g}; the limit is {allowed:g}"
             )

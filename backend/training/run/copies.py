@@ -68,7 +68,7 @@ class CheckpointCopies:
         try:
             self._copy(path)
         except (OSError, CheckpointError) as error:
-            logger.warning("%s not yet copied to %s: %s", path.name, self.copy_dir, error)
+            logger.warning("%s could not be copied to %s yet: %s", path.name, self.copy_dir, error)
             return False
         return True
 

@@ -87,7 +87,7 @@ class MlflowMirror:
             # A byte, and not only the end of the pipe: forked data workers may hold the pipe open.
             answer, _ = self.process.communicate(b"\n", timeout=CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
-            late = f"not done after {CLOSE_SECONDS:g} s, and continuing for up to a minute"
+            late = f"not done after {CLOSE_SECONDS:g} s; it continues for up to a minute"
             return self._last_failure() or out_of_sync(late).message
         code = self.process.returncode
         died = out_of_sync(f"its process ended with code {code}; see {LOG_NAME}").message

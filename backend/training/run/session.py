@@ -108,7 +108,7 @@ def session(
             keeper = Session(checkpointer, end, sources, closing)
             try:
                 yield keeper
-            except DataError:  # the disk has gone: what was learned before is whole
+            except DataError:  # the disk is gone; the training so far is sound
                 checkpointer.save()
                 raise
             except SaveError as error:

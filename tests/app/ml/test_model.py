@@ -347,7 +347,7 @@ def bad_weights(tmp_path: Path, harm: str) -> Path:
         ),
         ("wrong shape", r"do not fit.* 1 of its \d+ tensors .*features.0.0.weight.*--model_name"),
         ("surplus tensor", r"do not fit.*1 belong to another one \(extra\)"),
-        ("not plain", "is not a plain state_dict"),
+        ("not plain", "not a plain state_dict"),
         ("truncated", "not a readable state_dict"),
         ("not torch", "not a readable state_dict"),
         ("empty", "not a readable state_dict"),

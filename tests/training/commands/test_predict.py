@@ -213,7 +213,7 @@ def test_what_is_not_read_is_counted_by_its_ending(
         os.path.join("mixed", name) for name in ("dinner", "lunch.jpg")
     ]
     assert caplog.messages[:2] == [
-        "warning: skipped 2 (not a format that is read): TIF: a.tif, b.TIF; save them as JPEG",
+        "warning: skipped 2 (unsupported format): TIF: a.tif, b.TIF; save them as JPEG",
         "files that are not pictures: 1 .aae, 1 .mov, 1 without an ending",
     ]
 

@@ -143,7 +143,7 @@ def test_formats_that_are_not_read_are_named_with_the_way_out(tmp_path: Path) ->
     assert list_images(tmp_path, audit) == []
     pictures, empty, others = audit.describe_skipped()
     assert pictures == (
-        "warning: skipped 6 (not a format that is read): TIF: a.tif; TIFF: b.TIFF; BMP: c.bmp; "
+        "warning: skipped 6 (unsupported format): TIF: a.tif; TIFF: b.TIFF; BMP: c.bmp; "
         "CR2: d.CR2, e.cr2; SVG: f.svg; save them as JPEG"
     )
     assert empty == f"warning: skipped 1 (a folder without images): {tmp_path.name}"

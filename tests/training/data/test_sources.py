@@ -85,7 +85,7 @@ def test_image_folder_tree_with_splits_of_its_own(tmp_path: Path) -> None:
     data = load_food_data(tmp_path)
     assert counts(data) == (20, 8, 3)
     assert any("not used" in note and "valid" in note for note in data.notes)
-    assert any("no test images of naan" in note for note in data.notes)
+    assert any("no test images for naan" in note for note in data.notes)
     shutil.rmtree(tmp_path / "test")
     assert counts(load_food_data(tmp_path)) == (16, 8, 4)
     shutil.rmtree(tmp_path / "val")
@@ -290,7 +290,7 @@ def test_a_folder_of_unread_formats_says_so(tmp_path: Path, depth: int) -> None:
         for i in range(3):
             (folder / f"IMG_{i}.CR2").write_bytes(b"x")
     message = refusal(tmp_path)
-    assert "skipped 6 (not a format that is read): CR2: IMG_0.CR2" in message
+    assert "skipped 6 (unsupported format): CR2: IMG_0.CR2" in message
     assert message.endswith("save them as JPEG")
 
 
@@ -307,7 +307,7 @@ def test_locked_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "warning: skipped 1 (cannot be opened: Permission denied): locked" in data.notes
     deny_listing(monkeypatch, tmp_path / "naan")
     message = refusal(tmp_path)
-    assert "one class only: dal" in message and "Permission denied): locked, naan" in message
+    assert "found only: dal" in message and "Permission denied): locked, naan" in message
 
 
 def test_where_all_is_locked_the_flag_is_named(
@@ -460,7 +460,7 @@ def test_one_error_lists_every_offender(
     write_images(custom, 1)
     deny_listing(monkeypatch, custom / "locked")
     lines = custom_refusal(base_dir, custom).splitlines()
-    assert lines[0] == f"problems of the custom data in {custom}: 8"
+    assert lines[0] == f"problems with the custom data in {custom}: 8"
     listed = [line for line in lines if line.startswith("  ")]
     assert len(listed) == 8 and "biryani" not in "".join(listed)
     text = "\n".join(lines)
@@ -474,7 +474,7 @@ def test_one_error_lists_every_offender(
         "---: no letter",
         "locked: readable images: 0, needed: 5",
         "(cannot be opened: Permission denied): locked",
-        "(not a format that is read): TIF: 1.tif; save them as JPEG",
+        "(unsupported format): TIF: 1.tif; save them as JPEG",
     ):
         assert offender in text
 
