@@ -1,7 +1,9 @@
 """What the server answered lately, by request id: nothing of a photo or of who sent it."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
+
+from app.ml.drift import AnswerSummary, sum_up
 
 REMEMBERED = 1000
 
@@ -25,10 +27,12 @@ class RecentAnswers:
 
     def __init__(self) -> None:
         self._by_request: OrderedDict[str, Answer] = OrderedDict()
+        self._last: deque[Answer] = deque(maxlen=REMEMBERED)  # clients may repeat request ids
 
     def add(self, request_id: str, answer: Answer) -> None:
         self._by_request.pop(request_id, None)
         self._by_request[request_id] = answer
+        self._last.append(answer)
         if len(self._by_request) > REMEMBERED:
             self._by_request.popitem(last=False)
 
@@ -45,3 +49,10 @@ class RecentAnswers:
                 f"no answer with the request id {request_id[:64]!r} is among the last "
                 f"{REMEMBERED:,}; leave the id out, or ask about the photo again"
             ) from None
+
+    def summary(self, model_version: int) -> AnswerSummary | None:
+        """Sum up the last answers of a version; None if it gave none."""
+        given = [answer for answer in self._last if answer.model_version == model_version]
+        if not given:
+            return None
+        return sum_up([answer.confidence for answer in given], [a.verdict for a in given])

@@ -14,10 +14,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from app.answers import Answer
 from app.errors import ERRORS, ClientGoneError, errors
 from app.inference import InferenceService, ModelLoadError, ModelMissingError
+from app.ml.drift import reference_of, stability_index
 from app.ml.predictor import ClassProbability, FoodPredictor
 from app.nutrition import food_facts, food_table
-from app.schemas import Food, FoodPrediction, Health, ModelInfo, Ready, TopPrediction
-from app.settings import Integer, Settings
+from app.schemas import Drift, Food, FoodPrediction, Health, ModelInfo, Ready, Shares, TopPrediction
+from app.settings import Integer
 from app.uploads import FIELD, Body, UploadMemory, check_content_type, take_photo
 
 router = APIRouter()
@@ -146,10 +147,10 @@ async def food(class_name: str, service: Service) -> Food:
 async def model(service: Service) -> ModelInfo:
     if service.predictor is None:
         raise ModelMissingError(service.problem)
-    return _model_info(service.predictor, service.settings)
+    return _model_info(service.predictor, service)
 
 
-def _model_info(predictor: FoodPredictor, settings: Settings) -> ModelInfo:
+def _model_info(predictor: FoodPredictor, service: InferenceService) -> ModelInfo:
     record = predictor.record
     return ModelInfo(
         version=record.version,
@@ -159,7 +160,29 @@ def _model_info(predictor: FoodPredictor, settings: Settings) -> ModelInfo:
         classes=record.classes,
         preprocessing=record.preprocessing.to_dict(),
         metrics=record.metrics_of(predictor.runtime),
-        feedback=settings.feedback_dir is not None,
+        drift=drift_of(service),
+        feedback=service.settings.feedback_dir is not None,
+    )
+
+
+def drift_of(service: InferenceService) -> Drift | None:
+    """Compare the last answers with those to the version's validation photos."""
+    predictor = service.predictor
+    assert predictor is not None
+    expected = reference_of(predictor.record.metrics_of(predictor.runtime))
+    found = service.answers.summary(predictor.record.version)
+    if expected is None or found is None:
+        return None
+    return Drift(
+        answers=found["count"],
+        stability_index=stability_index(expected, found),
+        mean_confidence=Shares(
+            answers=found["mean_confidence"], validation=expected["mean_confidence"]
+        ),
+        verdicts={
+            name: Shares(answers=share, validation=expected["verdicts"][name])
+            for name, share in found["verdicts"].items()
+        },
     )
 
 
@@ -191,7 +214,7 @@ async def reload_model(
 ) -> ModelInfo:
     """The new model is verified beside the old one, which keeps serving if it fails."""
     try:
-        return _model_info(await service.load(version), service.settings)
+        return _model_info(await service.load(version), service)
     except ModelLoadError as error:
         old = service.predictor
         remaining = f"version {old.record.version} keeps serving" if old else "nothing is served"
@@ -221,4 +244,5 @@ async def ready(service: Service) -> Ready:
     responses={200: {"content": {"text/plain": {}}}, **errors()},
 )
 async def metrics(service: Service) -> Response:
+    service.metrics.show_drift(drift_of(service) if service.predictor else None)
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

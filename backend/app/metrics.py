@@ -9,6 +9,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from app.schemas import Drift
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 CONFIDENCES = tuple(i / 10 for i in range(1, 11))
 
@@ -66,6 +68,42 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+
+        self.drift_answers = Gauge(
+            "nutrilearn_drift_answers",
+            "Last answers that are compared with those to the validation photos",
+            registry=self.registry,
+        )
+        self.stability_index = Gauge(
+            "nutrilearn_drift_stability_index",
+            "Population stability index of their confidences; above 0.25 is a large shift",
+            registry=self.registry,
+        )
+        self.drift_confidence = Gauge(
+            "nutrilearn_drift_mean_confidence",
+            "Mean confidence of the last answers, and of those to the validation photos",
+            ["of"],
+            registry=self.registry,
+        )
+        self.verdict_share = Gauge(
+            "nutrilearn_drift_verdict_share",
+            "Share of each verdict in the last answers, and in those to the validation photos",
+            ["verdict", "of"],
+            registry=self.registry,
+        )
+
+    def show_drift(self, drift: Drift | None) -> None:
+        """Set the gauges of drift; None where there is nothing to compare."""
+        self.drift_answers.set(drift.answers if drift else 0)
+        self.stability_index.set(drift.stability_index if drift else 0)
+        self.drift_confidence.clear()
+        self.verdict_share.clear()
+        if drift is None:
+            return
+        for of in ("answers", "validation"):
+            self.drift_confidence.labels(of).set(getattr(drift.mean_confidence, of))
+            for verdict, shares in drift.verdicts.items():
+                self.verdict_share.labels(verdict, of).set(getattr(shares, of))
 
     def render(self) -> bytes:
         """Write the registry in Prometheus' text format."""

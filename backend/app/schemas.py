@@ -77,6 +77,22 @@ class FoodPrediction(Food):
     timestamp: datetime = Field(description="UTC")
 
 
+class Shares(BaseModel):
+    """A number among the last answers, and among those to the validation photos."""
+
+    answers: float
+    validation: float
+
+
+class Drift(BaseModel):
+    """How the last answers of this version compare with those to its validation photos."""
+
+    answers: int = Field(description="that are compared, at most 1,000")
+    stability_index: float = Field(description="of the confidences; above 0.25 is a large shift")
+    mean_confidence: Shares
+    verdicts: dict[str, Shares]
+
+
 class ModelInfo(BaseModel):
     """The model being served."""
 
@@ -89,6 +105,7 @@ class ModelInfo(BaseModel):
     classes: list[str]
     preprocessing: dict[str, Any]
     metrics: dict[str, Any] = Field(description="of this form, as evaluated on the test split")
+    drift: Drift | None = Field(description="null before the first answer, or without a reference")
     feedback: bool = Field(description="POST /api/v1/feedback takes corrections here")
 
 

@@ -77,6 +77,7 @@ FLOORS = {
     "training.commands": BELOW
     | {"training.data", "training.compute", "training.run", "training.release"},
     "app.ml.class_names": set(),
+    "app.ml.drift": set(),
     "app.ml.machine": set(),
     "app.ml.timm_networks": set(),
     "app.ml.model": {"app.ml.timm_networks"},
@@ -89,6 +90,7 @@ FLOORS = {
     "app.ml.artifacts": {"app.ml.durable", "app.ml.model", "app.ml.preprocessing"},
     "app.ml.predictor": {
         "app.ml.artifacts",
+        "app.ml.drift",
         "app.ml.machine",
         "app.ml.model",
         "app.ml.preprocessing",

@@ -14,7 +14,6 @@ after, and the requests that failed. The exit code is 1 if one did.
 import argparse
 import contextlib
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +62,8 @@ class Evening:
 
     def train(self, name: str, *flags: str) -> None:
         places = ("--checkpoint_dir", str(self.folder / "checkpoints"), "--no_mlflow")
-        self.run(name, "--data_dir", self.options.data_dir, *places, *flags)
+        more = self.options.flags.split()
+        self.run(name, "--data_dir", self.options.data_dir, *places, *more, *flags)
 
     def took(self, name: str, began: float) -> None:
         self.seconds[name] = time.perf_counter() - began
@@ -247,9 +247,9 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=10, help="of version 1 (10)")
     parser.add_argument("--more_epochs", type=int, default=5, help="of version 2 (5)")
     parser.add_argument("--held_back", type=int, default=15, help="photos to test a new dish (15)")
+    parser.add_argument("--flags", default="", help="more flags of both trainings, in quotes")
     parser.add_argument("--keep", help="keep models, corrections and logs in this folder")
     options = parser.parse_args()
-    os.nice(5)
     folder = Path(options.keep or tempfile.mkdtemp(prefix="nutrilearn-evening-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:

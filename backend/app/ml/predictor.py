@@ -26,11 +26,11 @@ from app.ml.artifacts import (
     read_record,
     read_state,
 )
+from app.ml.drift import Verdict
 from app.ml.machine import num_cores
 from app.ml.model import ServedNetwork, backbone, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
-Verdict = Literal["confident", "unsure", "not_food"]
 Runtime = Literal["torch", "onnx", "int8"]  # what can run a form of the model
 FORM_SUFFIXES: dict[Runtime, str] = {"torch": WEIGHTS, "onnx": ONNX, "int8": INT8}
 TIMED_SECONDS = 0.06  # spent on each form to find the fastest, or more on a slow machine

@@ -4,13 +4,14 @@ Everything is fitted on the validation split. Logits are (N, C), labels (N,).
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import Decision
+from app.ml.drift import Verdict
 
 CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
 KNOWN_SHARE = 0.97  # share of real dishes that must not be called "not food"
@@ -185,11 +186,9 @@ def verdict_shares(
     decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
 ) -> dict[str, VerdictShare]:
     """Count how often each verdict is given on known dishes; arguments as for `fit_decision`."""
-    confidence = probabilities(logits, labels, decision.temperature).confidence
+    _, verdicts = given_answers(decision, logits, labels, similarities)
     correct = logits.argmax(axis=1) == labels
-    is_food = similarities >= decision.food_at
-    is_sure = confidence >= decision.confident_at
-    given = {"confident": is_food & is_sure, "unsure": is_food & ~is_sure, "not_food": ~is_food}
+    given = {verdict: np.array(verdicts) == verdict for verdict in get_args(Verdict)}
     return {
         verdict: {
             "share": float(mask.mean()),
@@ -197,6 +196,16 @@ def verdict_shares(
         }
         for verdict, mask in given.items()
     }
+
+
+def given_answers(
+    decision: Decision, logits: np.ndarray, labels: np.ndarray, similarities: np.ndarray
+) -> tuple[list[float], list[str]]:
+    """Return each image's confidence and verdict; arguments as for `fit_decision`."""
+    confidence = probabilities(logits, labels, decision.temperature).confidence
+    is_sure = np.where(confidence >= decision.confident_at, "confident", "unsure")
+    verdicts = np.where(similarities >= decision.food_at, is_sure, "not_food")
+    return confidence.tolist(), verdicts.tolist()
 
 
 def measure_calibration(logits: np.ndarray, labels: np.ndarray, temperature: float) -> Calibration:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import Decision, SaveError
+from app.ml.drift import AnswerSummary, sum_up
 from app.ml.predictor import OnnxNetwork, Runtime, TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
@@ -25,6 +26,7 @@ from training.release.calibration import (
     VerdictShare,
     class_centroids,
     fit_decision,
+    given_answers,
     verdict_shares,
 )
 from training.release.export import FORMATS, Forms, Source, export_forms, reason_of
@@ -116,6 +118,7 @@ class FormEvaluation:
     fit: Fit
     results: Results
     verdicts: dict[str, dict[str, VerdictShare]]
+    validation: AnswerSummary
 
 
 @dataclass(frozen=True)
@@ -379,6 +382,7 @@ def tested_form(
 ) -> FormEvaluation:
     """Score a form on the test images."""
     temperature, answers = fit.decision.temperature, test[name]
+    validated = val[name].scored(fit.centroids)
     return FormEvaluation(
         fit=fit,
         results=evaluate(answers.logits, answers.labels, classes, temperature=temperature),
@@ -386,4 +390,5 @@ def tested_form(
             split: verdict_shares(fit.decision, *predictions.scored(fit.centroids))
             for split, predictions in (("validation", val[name]), ("test", answers))
         },
+        validation=sum_up(*given_answers(fit.decision, *validated)),
     )

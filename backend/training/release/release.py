@@ -28,6 +28,7 @@ from app.ml.artifacts import (
     read_record,
     state_bytes,
 )
+from app.ml.drift import RECORD_KEY
 from app.ml.predictor import FORM_SUFFIXES, OnnxNetwork, Runtime, TorchNetwork, forms_of
 from app.ml.preprocessing import normalize
 from training.config import TrainingConfig
@@ -40,7 +41,7 @@ from training.release.evaluation import (
     read_images,
 )
 from training.release.export import check_logits, reason_of
-from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME, Results
+from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME
 from training.release.promotion import is_worse_than_current, read_test
 from training.release.report import FormFacts, ReportFacts, write_model_card, write_report
 from training.release.tables import write_table
@@ -167,7 +168,7 @@ def make_record(
         preprocessing=evaluation.preprocessing,
         decision=evaluation.plain.fit.decision,
         sha256=version.sha256,
-        metrics={**_test_metrics(evaluation.plain.results), **_validation(result)},
+        metrics={**_form_metrics(evaluation.plain), **_validation(result)},
         training={
             "run": result.run_name,
             "epochs_done": len(result.history),
@@ -177,13 +178,14 @@ def make_record(
         libraries=library_versions(),
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         forms={
-            runtime: OwnAnswers(form.fit.decision, _test_metrics(form.results))
+            runtime: OwnAnswers(form.fit.decision, _form_metrics(form))
             for runtime, form in evaluation.own.items()
         },
     )
 
 
-def _test_metrics(results: Results) -> dict[str, Any]:
+def _form_metrics(form: FormEvaluation) -> dict[str, Any]:
+    results = form.results
     return {
         "test_top1": results["top1"],
         "test_top1_ci95": results["top1_ci95"],
@@ -192,6 +194,7 @@ def _test_metrics(results: Results) -> dict[str, Any]:
         "test_loss": results["loss"],
         "test_ece": results["calibration"]["ece_after"],
         "test_images": results["num_images"],
+        RECORD_KEY: form.validation,
     }
 
 
