@@ -3,6 +3,7 @@
 import dataclasses
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from tests.support import standin
@@ -46,6 +47,7 @@ def release_model(
     seed: int = 0,
     decision: Decision | None = None,
     model: nn.Module | None = None,
+    metrics: dict[str, Any] | None = None,
 ) -> ModelRecord:
     """Release a network, with random weights if none is given, as a run would a trained one."""
     torch.manual_seed(seed)
@@ -56,6 +58,7 @@ def release_model(
         version.write(WEIGHTS, state_bytes(model.state_dict()))
         version.write(CENTROIDS, state_bytes(centroids))
         record = record_of(version, model_name, classes, decision)
+        record = dataclasses.replace(record, metrics={**record.metrics, **(metrics or {})})
         version.write_record(record)
     return record
 

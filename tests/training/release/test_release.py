@@ -21,6 +21,7 @@ from tests.support.runs import draw_photos
 from torch import Tensor, nn
 
 from app.ml.artifacts import NewVersion, SaveError, list_versions, read_record, released_files
+from app.ml.drift import reference_of
 from app.ml.model import backbone, build_model
 from app.ml.predictor import (
     FORM_SUFFIXES,
@@ -537,6 +538,23 @@ def test_centroids_are_of_a_bounded_number_of_images(
     some = evaluation.some_of_each(data.train)
     assert np.bincount(some.labels).tolist() == [2, 2, 2]
     assert set(some.paths) < set(data.train.paths)
+
+
+def test_the_answers_to_the_validation_photos_are_recorded(
+    model: nn.Module, data: FoodData, trained: Trained
+) -> None:
+    """What the server compares its own answers with."""
+    result = trained()
+    record = release_model(model, data, result, CPU)
+    summary = reference_of(record.metrics)
+    assert summary
+    assert summary["count"] == len(data.val)
+    assert sum(summary["confidences"]) == pytest.approx(1)
+    results = json.loads(
+        (result.config.output_dir / "food_model_v1" / "evaluation_results.json").read_text()
+    )
+    shares = {name: v["share"] for name, v in results["verdicts"]["validation"].items()}
+    assert summary["verdicts"] == pytest.approx(shares)
 
 
 # Which version is current ---------------------------------------------------------------------
