@@ -7,12 +7,12 @@ or returns None where the folder holds something else.
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.ml.class_names import normalize_class_name
+from app.ml.class_names import MIN_NEW_CLASS_IMAGES, normalize_class_name
 from app.ml.machine import num_cores
 from app.ml.preprocessing import TRAINING_LIMITS, ImageError, load_image
 from training.data.folders import (
@@ -48,7 +48,6 @@ MAX_DEPTH = 3  # folders between the one that is given and the one with the clas
 NOT_A_DISH = re.compile(r"(.*_)?(19|20)\d\d(_\d\d?){0,2}|\d{3}[a-z_]{5}", re.ASCII)
 SAMPLE_NAME = "sample"  # a folder of drawn plates is never taken for real data
 
-MIN_CUSTOM_IMAGES = 5  # leaves three to train on, beside one for validation and one for the test
 # Above this share of unreadable files, custom data is refused; below, they are named and skipped.
 MAX_UNREADABLE = 0.05
 PROGRESS_EVERY = 5000  # custom images between two lines of progress
@@ -268,8 +267,10 @@ READERS = (_read_food101, _read_splits, _read_class_folders)
 # Custom classes -------------------------------------------------------------------------------
 
 
-def load_custom(root: Path, audit: Audit) -> ImagesByClass:
+def load_custom(root: Path, audit: Audit, known: Collection[str] = ()) -> ImagesByClass:
     """List the images of each custom class, each of them decoded once.
+
+    known: the classes of the data set; what joins one of them may be a single image.
 
     Up to 5% of unreadable files are skipped and named, as among the images of the data set. More
     of them are an error, as is anything else that is wrong.
@@ -288,7 +289,7 @@ def load_custom(root: Path, audit: Audit) -> ImagesByClass:
     }
     reasons = _unreadable([path for paths in images.values() for path in paths])
     readable = {n: [p for p in paths if p not in reasons] for n, paths in images.items()}
-    problems = _loose_images(folder) + _unusable_classes(folders, readable)
+    problems = _loose_images(folder) + _unusable_classes(folders, readable, known)
     if problems or len(reasons) > MAX_UNREADABLE * sum(map(len, images.values())):
         problems += [f"{Path(p).relative_to(folder)}: {why}" for p, why in sorted(reasons.items())]
         lines = "".join(f"\n  {problem}" for problem in problems)
@@ -312,7 +313,9 @@ def _loose_images(folder: Path) -> list[str]:
     return [f"{entry.name}: not in a class folder" for entry in files if is_image(entry)]
 
 
-def _unusable_classes(folders: dict[str, list[Path]], readable: ImagesByClass) -> list[str]:
+def _unusable_classes(
+    folders: dict[str, list[Path]], readable: ImagesByClass, known: Collection[str]
+) -> list[str]:
     if not folders:
         return ["no class folders, such as biryani/ or dosa/, with images in them"]
     if folders.keys() <= ALL_SPLIT_NAMES:
@@ -320,12 +323,11 @@ def _unusable_classes(folders: dict[str, list[Path]], readable: ImagesByClass) -
     problems = []
     for name, paths in readable.items():
         spelled = ", ".join(folder.name for folder in folders[name])
+        needed = 1 if name in known else MIN_NEW_CLASS_IMAGES
         if not name:
             problems.append(f"{spelled}: no letter or digit in the name to call the class by")
-        elif len(paths) < MIN_CUSTOM_IMAGES:
-            problems.append(
-                f"{spelled}: readable images: {len(paths)}, needed: {MIN_CUSTOM_IMAGES}"
-            )
+        elif len(paths) < needed:
+            problems.append(f"{spelled}: readable images: {len(paths)}, needed: {needed}")
     return problems
 
 

@@ -141,7 +141,7 @@ def _load(
     if custom_data_dir is None:
         return source, {}
     with _naming("--custom_data_dir", custom_data_dir) as folder:
-        return source, load_custom(folder, audit)
+        return source, load_custom(folder, audit, source.train)
 
 
 @contextmanager

@@ -425,6 +425,21 @@ def test_custom_classes_join_and_extend(base_dir: Path, tmp_path: Path) -> None:
         assert names_in(data, part, "pizza") == names_in(alone, part, "pizza")
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_single_photo_may_join_a_class_but_not_make_one(
+    count: int, base_dir: Path, tmp_path: Path
+) -> None:
+    known = load_food_data(base_dir).class_to_idx
+    joined = next(iter(known))
+    write_tree(tmp_path / "joining", {joined: count})
+    data = load_food_data(base_dir, custom_data_dir=tmp_path / "joining")
+    assert data.class_to_idx == known
+    assert data.audit["custom"][0]["images"] == count
+    write_tree(tmp_path / "new", {joined: count, "vada_pav": count})
+    with pytest.raises(DataError, match=f"vada_pav: readable images: {count}, needed: 5"):
+        load_food_data(base_dir, custom_data_dir=tmp_path / "new")
+
+
 def test_custom_classes_beside_official_splits(tmp_path: Path) -> None:
     for part in ("train", "val", "test"):
         write_tree(tmp_path / "base" / part, {"dal": 5, "naan": 5})
