@@ -63,8 +63,8 @@ def run(*arguments: str, cwd: Path, **environment: str) -> "subprocess.Completed
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not: start with torchrun, or unset"),
-        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT not"),
+        ({"WORLD_SIZE": "2"}, "not RANK, MASTER_ADDR, MASTER_PORT: start with torchrun, or unset"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment: must be a whole number"),
     ],
 )
