@@ -138,7 +138,7 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         "--promote",
         type=version_number,
         metavar="VERSION",
-        help="make this version the current one, which servers take: a newer one or an earlier one",
+        help="make this version, newer or older, the current one, which servers load",
     )
     using.add_argument(
         "--average",
