@@ -14,9 +14,8 @@ import numpy as np
 
 from app.ml.artifacts import ModelRecord
 from training.release.calibration import Bin, calibration_error, reliability_bins
-from training.release.metrics import mcnemar_p, wilson_interval
+from training.release.metrics import CLEAR, PairedTest, mcnemar_p, wilson_interval
 from training.release.promotion import (
-    CLEAR,
     Answer,
     ComparisonError,
     VersionTest,
@@ -125,20 +124,19 @@ def compare(old: VersionTest, new: VersionTest) -> Comparison:
         )
     hits = np.array([[t.answers[p].correct for p in paths] for t in (old, new)])  # (2, N)
     is_gained, is_lost = ~hits[0] & hits[1], hits[0] & ~hits[1]
-    gained, lost = int(is_gained.sum()), int(is_lost.sum())
-    p_value = mcnemar_p(gained, lost)
+    test = PairedTest(int(is_gained.sum()), int(is_lost.sum()), len(paths))
     return {
         "versions": (_scores(old, paths), _scores(new, paths)),
-        "num_images": len(paths),
+        "num_images": test.total,
         "both_right": int((hits[0] & hits[1]).sum()),
         "both_wrong": int((~hits[0] & ~hits[1]).sum()),
-        "gained": gained,
-        "lost": lost,
-        "difference": (gained - lost) / len(paths),
-        "difference_ci95": paired_interval(gained, lost, len(paths)),
-        "p_text": _p_text(p_value),
-        "is_clear": p_value < CLEAR,
-        "conclusion": _conclusion(old.name, new.name, gained - lost, p_value),
+        "gained": test.gained,
+        "lost": test.lost,
+        "difference": test.change,
+        "difference_ci95": paired_interval(test.gained, test.lost, test.total),
+        "p_text": _p_text(test.p_value),
+        "is_clear": test.is_clear,
+        "conclusion": _conclusion(old.name, new.name, test.gained - test.lost, test.p_value),
         "per_class": _class_changes(old, new, paths),
         "flips": {
             "lost": _flips(old, new, paths, is_lost),

@@ -33,7 +33,7 @@ def fingerprint(data: FoodData) -> str:
 
 def write_manifest(run_dir: Path, data: FoodData) -> None:
     """Write a run's lists of images, once."""
-    names = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
+    names = data.classes
     lists: dict[str, dict[str, list[str]]] = {}
     for part, split in zip(SPLITS, _splits(data), strict=True):
         lists[part] = {name: [] for name in names}

@@ -58,6 +58,11 @@ class FoodData:
     notes: list[str]
     audit: dict[str, Any]
 
+    @property
+    def classes(self) -> list[str]:
+        """Return the class names in the order of the labels."""
+        return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
+
 
 def load_food_data(
     data_dir: Path,

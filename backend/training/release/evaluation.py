@@ -31,10 +31,10 @@ from training.release.calibration import (
 )
 from training.release.export import FORMATS, Forms, Source, export_forms, reason_of
 from training.release.metrics import (
+    PairedTest,
     PredictionRow,
     Results,
     evaluate,
-    mcnemar_p,
     prediction_rows,
 )
 
@@ -42,7 +42,6 @@ EVAL_BATCH_SIZE = 64
 CENTROID_IMAGES = 100  # of each class, to find its center
 CALIBRATION_IMAGES = 200  # from which a form in integers learns the ranges of its activations
 WORST_LOSS = 0.01  # of validation accuracy, that a form with answers of its own may cost
-CHANCE = 0.05  # a p-value below is called a real loss
 PLAIN: Runtime = "torch"  # whose answers every form gives that has none of its own
 
 logger = logging.getLogger(__name__)
@@ -67,25 +66,8 @@ class Predictions:
         return self.logits, self.labels, nearest_centroid(self.pooled, centroids).numpy()
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The same images answered by the plain network and by another form of it.
-
-    gained, lost: how many only the other form, only the plain network answers correctly.
-    """
-
-    gained: int
-    lost: int
-    total: int
-
-    @property
-    def change(self) -> float:
-        """The other form's accuracy less the plain network's."""
-        return (self.gained - self.lost) / self.total
-
-    @property
-    def p_value(self) -> float:
-        return mcnemar_p(self.gained, self.lost)
+class Comparison(PairedTest):
+    """The validation images answered by the plain network and by another form of it."""
 
     def __str__(self) -> str:
         points = 100 * self.change
@@ -97,7 +79,7 @@ class Comparison:
     @property
     def is_worse(self) -> bool:
         """Whether the other form loses more than it may, or more than chance explains."""
-        return self.change < -WORST_LOSS or (self.change < 0 and self.p_value < CHANCE)
+        return self.change < -WORST_LOSS or super().is_worse
 
 
 class Fit(NamedTuple):
@@ -164,8 +146,7 @@ def evaluate_model(
     Raises:
         SaveError: a form cannot be written, a split has no readable image, or memory is short.
     """
-    preprocessing = config.preprocessing
-    classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
+    preprocessing, classes = config.preprocessing, data.classes
     watch = Stopwatch()
 
     def predicted(split: Split) -> dict[Runtime, Predictions]:

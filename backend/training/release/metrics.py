@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,6 +21,7 @@ BEST_AND_WORST = 5
 MOST_CONFUSED = 25
 TOP_COLUMNS = 3
 PREDICTIONS_NAME = "test_predictions.csv"
+CLEAR = 0.05  # a p-value below is called a clear difference
 
 
 class Averages(TypedDict):
@@ -144,6 +146,36 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     low, high = binomtest(hits, total).proportion_ci(method="wilson")
     share = hits / total  # lies inside; rounding must not put it 1e-17 outside
     return min(share, float(low)), max(share, float(high))
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """The same images answered by two models.
+
+    gained, lost: how many only the second, only the first answers correctly.
+    """
+
+    gained: int
+    lost: int
+    total: int
+
+    @property
+    def change(self) -> float:
+        """The second model's accuracy less the first's."""
+        return (self.gained - self.lost) / self.total
+
+    @property
+    def p_value(self) -> float:
+        return mcnemar_p(self.gained, self.lost)
+
+    @property
+    def is_clear(self) -> bool:
+        return self.p_value < CLEAR
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the second model loses more than chance explains."""
+        return self.gained < self.lost and self.is_clear
 
 
 def mcnemar_p(gained: int, lost: int) -> float:

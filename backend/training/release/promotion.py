@@ -17,10 +17,8 @@ from app.ml.artifacts import (
     read_record,
     report_folder_name,
 )
-from training.release.metrics import PREDICTIONS_NAME, mcnemar_p
+from training.release.metrics import PREDICTIONS_NAME, PairedTest
 from training.release.tables import read_table
-
-CLEAR = 0.05  # a p-value below is called a clear difference
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +51,6 @@ class VersionTest:
     @property
     def name(self) -> str:
         return f"v{self.record.version}"
-
-
-@dataclass(frozen=True)
-class PairedTest:
-    """The images that both versions were tested on; gained is what the new one alone gets right."""
-
-    num_images: int
-    gained: int
-    lost: int
-    p_value: float
-
-    @property
-    def is_clear(self) -> bool:
-        return self.p_value < CLEAR
-
-    @property
-    def is_worse(self) -> bool:
-        return self.is_clear and self.gained < self.lost
 
 
 def read_test(model_dir: Path, version: int) -> VersionTest:
@@ -107,8 +87,7 @@ def paired_test(old: VersionTest, new: VersionTest) -> PairedTest:
     """Count who alone is right on the images of both."""
     paths = images_of_both(old, new)
     pairs = [(old.answers[path].correct, new.answers[path].correct) for path in paths]
-    gained, lost = pairs.count((False, True)), pairs.count((True, False))
-    return PairedTest(len(paths), gained, lost, mcnemar_p(gained, lost))
+    return PairedTest(pairs.count((False, True)), pairs.count((True, False)), len(paths))
 
 
 def is_worse_than_current(output_dir: Path, tested: VersionTest) -> bool:
@@ -130,7 +109,7 @@ def is_worse_than_current(output_dir: Path, tested: VersionTest) -> bool:
             "%d (p = %.2g)",
             tested.name,
             current.version,
-            f"{test.num_images:,}",
+            f"{test.total:,}",
             test.gained,
             current.version,
             test.lost,

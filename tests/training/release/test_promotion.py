@@ -77,7 +77,7 @@ def test_the_test_is_paired_and_fair(hits: str, random: "object") -> None:
 def test_images_that_changed_their_class_do_not_count(tmp_path: Path) -> None:
     release(tmp_path, "+" * 20)
     assert not is_worse_than_current(tmp_path, answered(2, "-" * 20, actual="idli"))
-    assert paired_test(answered(1, "+" * 20), answered(2, "-" * 20, actual="idli")).num_images == 0
+    assert paired_test(answered(1, "+" * 20), answered(2, "-" * 20, actual="idli")).total == 0
 
 
 def test_the_reason_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
