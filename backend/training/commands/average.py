@@ -7,7 +7,6 @@ the best version first, then each that does not make the mean worse on validatio
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from app.ml.artifacts import ArtifactError, ModelRecord, read_record, read_state
 from app.ml.model import build_model
 from app.ml.predictor import TorchNetwork
 from training.compute.devices import choose_device, prepare_machine
+from training.compute.distributed import asked_world_size
 from training.config import TrainingConfig, config_of_record
 from training.data.loader import default_num_workers
 from training.data.manifest import MANIFEST_NAME, read_manifest
@@ -51,8 +51,9 @@ def train_and_average(train: Train, config: TrainingConfig, command: str) -> Mod
 
     Raises:
         ConfigError: under torchrun, or with the checkpoint of one run.
+        TrainingError: WORLD_SIZE makes no sense.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:  # set by torchrun
+    if asked_world_size() > 1:
         raise ConfigError(f"--runs {config.runs}: one process trains them; leave torchrun out")
     if config.resume not in (None, "auto"):
         raise ConfigError(f"--runs {config.runs} with --resume {config.resume}: must be auto")
@@ -270,6 +271,5 @@ def validate(
     """Compute accuracy and loss over the validation photos."""
     network = TorchNetwork(model, config.model_name, device)
     found = predict_split(network, data.val, config.preprocessing, num_workers, device)
-    classes = sorted(data.class_to_idx, key=data.class_to_idx.__getitem__)
-    results = evaluate(found.logits, found.labels, classes)
+    results = evaluate(found.logits, found.labels, data.classes)
     return results["top1"], results["loss"]

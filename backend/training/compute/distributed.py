@@ -100,7 +100,7 @@ def join_processes(device: str) -> Processes:
         TrainingError: a launcher's variables are not all there, or make no sense; more processes
             than GPUs.
     """
-    world_size = _from_environment("WORLD_SIZE", "1")
+    world_size = asked_world_size()
     if world_size == 1:
         return Processes()
     _check_launcher(world_size)
@@ -118,6 +118,15 @@ def join_processes(device: str) -> Processes:
     )
     patient = dist.new_group(timeout=MAIN_TIMEOUT, backend="gloo")
     return Processes(rank, world_size, local_rank, patient)
+
+
+def asked_world_size() -> int:
+    """Return how many processes torchrun started; 1 where it did not.
+
+    Raises:
+        TrainingError: the environment names no whole number.
+    """
+    return _from_environment("WORLD_SIZE", "1")
 
 
 def _from_environment(name: str, default: str) -> int:

@@ -264,6 +264,18 @@ def test_several_runs_are_one_process_and_their_own_checkpoints(
     assert raised.value.code == 2 and why in capsys.readouterr().err
 
 
+def test_several_runs_read_what_a_launcher_left_as_one_run_does(
+    tmp_path: Path,
+    photos: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    assert train_model.main(flags(photos, tmp_path, weights, "--runs", "2")) == 1
+    assert "WORLD_SIZE=two in the environment: must be a whole number" in caplog.messages[-1]
+
+
 # Resuming -------------------------------------------------------------------------------------
 
 
