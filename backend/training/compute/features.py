@@ -29,7 +29,7 @@ from training.config import TrainingConfig
 from training.data.augmentation import color_jitter
 from training.data.cache import RESERVED_BYTES, ImageCache
 from training.data.loader import Batch, EpochSampler, EvalImages, ImageLoader, TrainImages
-from training.data.splits import FoodData
+from training.data.splits import FoodData, Split
 
 MAX_VALIDATION_BYTES = 4 << 30  # of all processes together; larger files would not stay in memory
 
@@ -260,46 +260,63 @@ def feature_sources(
     skipped: dict[str, str],
 ) -> tuple[FeatureSource, FeatureSource]:
     """Build what training and validation are fed from; skipped collects unreadable images."""
-    train_crop, device = config.sizes["train_crop"], frozen.device
-    share = {"rank": processes.rank, "world_size": processes.world_size}
-    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    num_train, num_val, batch_size = len(data.train), len(data.val), config.batch_size
+    return (
+        _train_source(config, data.train, frozen, run_dir, processes, skipped),
+        _val_source(config, data.val, frozen, run_dir, processes, skipped),
+    )
 
-    train_store = open_store(
+
+def _train_source(
+    config: TrainingConfig,
+    split: Split,
+    frozen: FrozenPart,
+    run_dir: Path,
+    processes: Processes,
+    skipped: dict[str, str],
+) -> FeatureSource:
+    crop, batch_size = config.sizes["train_crop"], config.batch_size
+    store = open_store(
         run_dir / f"train-features-{processes.rank}.bin",
-        (config.cache_views, num_train),
-        train_crop,
+        (config.cache_views, len(split)),
+        crop,
         frozen,
         processes,
     )
-    train_order = EpochSampler(num_train, batch_size, seed=config.seed, **share)
+    share = {"rank": processes.rank, "world_size": processes.world_size}
+    order = EpochSampler(len(split), batch_size, seed=config.seed, **share)
     # Shuffling deals the images of a batch out anew, so that each process stores all of them.
-    reading = EpochSampler(num_train, batch_size) if train_store else train_order
+    reading = EpochSampler(len(split), batch_size) if store else order
+    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
     images = TrainImages(
-        data.train.paths,
-        ImageCache(cache, train_crop),
-        config.seed,
-        train_crop,
-        config.min_crop_scale,
+        split.paths, ImageCache(cache, crop), config.seed, crop, config.min_crop_scale
     )
-    train_loader = ImageLoader(
-        images, reading, int(config.num_workers), device, skipped, workers_stay=not train_store
+    loader = ImageLoader(
+        images, reading, int(config.num_workers), frozen.device, skipped, workers_stay=not store
     )
-    val_store = open_store(
+    return FeatureSource(loader, order, split.labels, frozen, store)
+
+
+def _val_source(
+    config: TrainingConfig,
+    split: Split,
+    frozen: FrozenPart,
+    run_dir: Path,
+    processes: Processes,
+    skipped: dict[str, str],
+) -> FeatureSource:
+    store = open_store(
         run_dir / f"val-features-{processes.rank}.bin",
-        (1, num_val),
+        (1, len(split)),
         frozen.config.crop,
         frozen,
         processes,
         max_bytes=MAX_VALIDATION_BYTES / processes.world_size,
     )
-    val_order = EpochSampler(num_val, batch_size, **share)
-    val_images = EvalImages(data.val.paths, frozen.config)
-    val_loader = ImageLoader(val_images, val_order, int(config.num_workers), device, skipped)
-    return (
-        FeatureSource(train_loader, train_order, data.train.labels, frozen, train_store),
-        FeatureSource(val_loader, val_order, data.val.labels, frozen, val_store),
-    )
+    share = {"rank": processes.rank, "world_size": processes.world_size}
+    order = EpochSampler(len(split), config.batch_size, **share)
+    images = EvalImages(split.paths, frozen.config)
+    loader = ImageLoader(images, order, int(config.num_workers), frozen.device, skipped)
+    return FeatureSource(loader, order, split.labels, frozen, store)
 
 
 def open_store(
