@@ -244,5 +244,5 @@ async def ready(service: Service) -> Ready:
     responses={200: {"content": {"text/plain": {}}}, **errors()},
 )
 async def metrics(service: Service) -> Response:
-    service.metrics.show_drift(drift_of(service) if service.predictor else None)
+    service.metrics.drift.show(drift_of(service) if service.predictor else None)
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -68,43 +68,49 @@ class Metrics:
             ["outcome"],
             registry=self.registry,
         )
+        self.drift = DriftGauges(self.registry)
 
-        self.drift_answers = Gauge(
+    def render(self) -> bytes:
+        """Write the registry in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class DriftGauges:
+    """How the last answers compare with those to the version's validation photos."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.num_answers = Gauge(
             "nutrilearn_drift_answers",
             "Last answers that are compared with those to the validation photos",
-            registry=self.registry,
+            registry=registry,
         )
         self.stability_index = Gauge(
             "nutrilearn_drift_stability_index",
             "Population stability index of their confidences; above 0.25 is a large shift",
-            registry=self.registry,
+            registry=registry,
         )
-        self.drift_confidence = Gauge(
+        self.mean_confidence = Gauge(
             "nutrilearn_drift_mean_confidence",
             "Mean confidence of the last answers, and of those to the validation photos",
             ["of"],
-            registry=self.registry,
+            registry=registry,
         )
         self.verdict_share = Gauge(
             "nutrilearn_drift_verdict_share",
             "Share of each verdict in the last answers, and in those to the validation photos",
             ["verdict", "of"],
-            registry=self.registry,
+            registry=registry,
         )
 
-    def show_drift(self, drift: Drift | None) -> None:
-        """Set the gauges of drift; None where there is nothing to compare."""
-        self.drift_answers.set(drift.answers if drift else 0)
+    def show(self, drift: Drift | None) -> None:
+        """Set the gauges; None where there is nothing to compare."""
+        self.num_answers.set(drift.answers if drift else 0)
         self.stability_index.set(drift.stability_index if drift else 0)
-        self.drift_confidence.clear()
+        self.mean_confidence.clear()
         self.verdict_share.clear()
         if drift is None:
             return
         for of in ("answers", "validation"):
-            self.drift_confidence.labels(of).set(getattr(drift.mean_confidence, of))
+            self.mean_confidence.labels(of).set(getattr(drift.mean_confidence, of))
             for verdict, shares in drift.verdicts.items():
                 self.verdict_share.labels(verdict, of).set(getattr(shares, of))
-
-    def render(self) -> bytes:
-        """Write the registry in Prometheus' text format."""
-        return generate_latest(self.registry)

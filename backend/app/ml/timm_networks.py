@@ -91,7 +91,7 @@ def pretrained_state(name: str) -> dict[str, Tensor]:
     """Load the published state_dict: out of the hub's cache, or from the hub.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it is neither in the cache nor can it be downloaded.
     """
     for library in HUB_LOGGERS:  # a dozen lines about retries would hide the one that counts
         logging.getLogger(library).setLevel(logging.ERROR)
