@@ -362,14 +362,14 @@ def tested_form(
     classes: list[str],
 ) -> FormEvaluation:
     """Score a form on the test images."""
-    temperature, answers = fit.decision.temperature, test[name]
-    validated = val[name].scored(fit.centroids)
+    decision, answers = fit.decision, test[name]
+    scored = {
+        "validation": val[name].scored(fit.centroids),
+        "test": answers.scored(fit.centroids),
+    }
     return FormEvaluation(
         fit=fit,
-        results=evaluate(answers.logits, answers.labels, classes, temperature=temperature),
-        verdicts={
-            split: verdict_shares(fit.decision, *predictions.scored(fit.centroids))
-            for split, predictions in (("validation", val[name]), ("test", answers))
-        },
-        validation=sum_up(*given_answers(fit.decision, *validated)),
+        results=evaluate(answers.logits, answers.labels, classes, temperature=decision.temperature),
+        verdicts={split: verdict_shares(decision, *values) for split, values in scored.items()},
+        validation=sum_up(*given_answers(decision, *scored["validation"])),
     )
