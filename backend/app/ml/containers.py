@@ -8,6 +8,7 @@ own.
 """
 
 import contextlib
+import hashlib
 import itertools
 import re
 import struct
@@ -22,8 +23,9 @@ MAX_XMP = 1 << 20
 # So many equal bytes at the end of coded data come from a full disk or an unfinished copy.
 PADDING = 64
 LAST = 16  # of them, which a flat picture still needs, and one that is cut off never reaches
-# Put in the place of such bytes, or where data ends: what is still wanted shows.
-FILLER = bytes(range(1, 255))
+# Put in the place of such bytes: what is still wanted shows. One of them may happen to stand for
+# the same pixels (one lossless WebP with a border in 2,000), hardly all of them.
+FILLERS = tuple(hashlib.blake2b(bytes([n]), digest_size=LAST).digest() for n in range(4))
 
 
 class ImageError(ValueError):
@@ -46,13 +48,13 @@ class ImageTooLargeError(ImageError):
 class Probe:
     """A change to a file that tells whether its data reaches the end of the picture.
 
-    Bytes `start` to `stop` become `filler`; `shows` says whether a whole picture looks different
-    then. suspect: the file's structure alone hints that its data does not.
+    Bytes `start` to `stop` become one of `fillers`; `shows` says whether a whole picture looks
+    different then. suspect: the file's structure alone hints that its data does not.
     """
 
     start: int
     stop: int
-    filler: bytes
+    fillers: tuple[bytes, ...]
     shows: bool
     suspect: bool = False
 
@@ -304,7 +306,7 @@ def read_webp(data: bytes) -> Container:
             parts += [name, len(body).to_bytes(4, "little"), body, bytes(len(body) % 2)]
             length += 8 + len(body)
             if name in WEBP_FRAMES and run_at_end(body):
-                probe = Probe(length - LAST, length, FILLER[:LAST], shows=True)
+                probe = Probe(length - LAST, length, FILLERS, shows=True)
             length += len(body) % 2
     head = b"RIFF" + (length - 8).to_bytes(4, "little") + b"WEBP"
     return Container(

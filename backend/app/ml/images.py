@@ -211,17 +211,26 @@ def _load(image: ImageFile.ImageFile, container: Container) -> bool:
         image.load()
         return False
     if probe.shows:  # before the picture itself, so that only one is held at a time
-        altered = _altered_pixels(container, probe)
+        ends_early = _always_the_same(container, probe)
         image.load()
-        return altered == _checksum(image)
+        return ends_early
     image.load()
     may_end_early = probe.suspect or _ends_in_gray(image)
-    return may_end_early and _altered_pixels(container, probe) != _checksum(image)
+    (filler,) = probe.fillers
+    return may_end_early and _altered_pixels(container, probe, filler) != _checksum(image)
 
 
-def _altered_pixels(container: Container, probe: Probe) -> int | None:
-    """The checksum of the pixels when the probe is in the data; None if they cannot be decoded."""
-    data = container.data[: probe.start] + probe.filler + container.data[probe.stop :]
+def _always_the_same(container: Container, probe: Probe) -> bool:
+    """Whether the pixels are the same with all fillers, which the decoder then never reaches."""
+    first = _altered_pixels(container, probe, probe.fillers[0])
+    return first is not None and all(
+        _altered_pixels(container, probe, filler) == first for filler in probe.fillers[1:]
+    )
+
+
+def _altered_pixels(container: Container, probe: Probe, filler: bytes) -> int | None:
+    """The checksum of the pixels with the filler in the data; None if they cannot be decoded."""
+    data = container.data[: probe.start] + filler + container.data[probe.stop :]
     try:
         image, _ = _open(container.format, data)
         image.load()
@@ -235,9 +244,13 @@ def _checksum(image: Image.Image) -> int:
 
 
 def _ends_in_gray(image: Image.Image) -> bool:
-    """Whether the last pixel is the middle gray that JPEG has where there is no data."""
-    corner = image.getpixel((image.width - 1, image.height - 1))
-    return set(corner if isinstance(corner, tuple) else (corner,)) <= {127, 128}
+    """Whether the last pixel is as bright as JPEG's middle gray, which it has where data lacks.
+
+    Its color may come from the row above, as colors at half size are interpolated.
+    """
+    pixel = image.crop((image.width - 1, image.height - 1, *image.size)).tobytes()
+    red, green, blue = pixel[:3] if len(pixel) >= 3 else pixel * 3  # or cyan, magenta, yellow
+    return 126 <= 0.299 * red + 0.587 * green + 0.114 * blue <= 129
 
 
 # HEIC -----------------------------------------------------------------------------------------

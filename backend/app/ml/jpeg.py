@@ -5,7 +5,6 @@ import struct
 from typing import NamedTuple
 
 from app.ml.containers import (
-    FILLER,
     PADDING,
     Container,
     ImageTooLargeError,
@@ -21,8 +20,10 @@ MAX_TABLES = 1 << 16  # bytes in front of the pixels, metadata left out; real fi
 MAX_FILL = 1 << 14  # fill bytes in a row; the decoder reads a longer run again and again
 
 HOLE = bytes(PADDING)
+FILLER = bytes(range(1, 255))  # put where the data ends: what is still wanted shows
 # Scan data holds no marker: its own 0xFF are followed by 0x00 or by the number of a restart.
 MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 SOI, EOI, SOS, DHT = 0xD8, 0xD9, 0xDA, 0xC4
 SEQUENTIAL = {0xC0, 0xC1}
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -96,8 +97,15 @@ def read_jpeg(data: bytes) -> Container:
         coefficients=128 * frame.blocks if several else 0,
         scans=len(scans),
         work=(1 + suspect) * sum(scan.work(frame) for scan in scans),  # decoded twice
-        probe=Probe(place, place, FILLER * 4, shows=False, suspect=suspect),
+        probe=Probe(place, place, (_filler(data[start:scan_end]),), shows=False, suspect=suspect),
     )
+
+
+def _filler(scan: bytes) -> bytes:
+    """More data for the scan; where an interval ends, the decoder looks for the next restart."""
+    restarts = RESTART.findall(scan)
+    following = bytes([0xD0 | (restarts[-1][0] + 1) % 8]) if restarts else b"\xd0"
+    return FILLER * 4 + b"\xff" + following + FILLER
 
 
 def _segments(data: bytes) -> list[_Segment]:

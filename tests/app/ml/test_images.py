@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from tests.support.pictures import (
@@ -600,6 +600,9 @@ def test_a_file_that_ends_in_zeros_is_damaged(
     mode=st.sampled_from(["RGB", "L", "CMYK"]),
     seed=st.integers(0, 1000),
 )
+@example((291, 189), 0.92557, {"restart_marker_rows": 1}, "RGB", 496)  # at the end of an interval
+@example((230, 300), 0.44684, {"restart_marker_rows": 1}, "CMYK", 854)
+@example((163, 145), 0.933983, {"quality": 30}, "RGB", 924)  # a last row of gray in other colors
 def test_a_jpeg_cut_and_closed_is_damaged(
     size: tuple[int, int], share: float, options: dict[str, Any], mode: str, seed: int
 ) -> None:
@@ -734,6 +737,8 @@ ENCODINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@example("a border", ENCODINGS[8], (181, 153), (127, 127, 127), 35)  # one filler changed nothing
+@example("a border", ENCODINGS[8], (195, 118), (200, 30, 60), 51)
 @settings(max_examples=200, deadline=None)
 @given(
     kind=st.sampled_from(sorted(FLAT)),
