@@ -36,7 +36,7 @@ def main() -> None:
         paths = train_model.load_data(config).train.paths[: options.images]
         preprocessing, crop = config.preprocessing, config.sizes["train_crop"]
         cache = ImageCache(Path(folder))
-        images = TrainImages(paths, cache, config.seed, crop, config.min_crop_scale)
+        images = TrainImages(paths, cache, crop, config)
         transform = augmentation(preprocessing, crop)
 
         def plain() -> int:

@@ -287,9 +287,7 @@ def _train_source(
     # Shuffling deals the images of a batch out anew, so that each process stores all of them.
     reading = EpochSampler(len(split), batch_size) if store else order
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    images = TrainImages(
-        split.paths, ImageCache(cache, crop), config.seed, crop, config.min_crop_scale
-    )
+    images = TrainImages(split.paths, ImageCache(cache, crop), crop, config)
     loader = ImageLoader(
         images, reading, int(config.num_workers), frozen.device, skipped, workers_stay=not store
     )

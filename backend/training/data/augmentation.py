@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from app.ml.preprocessing import PreprocessConfig
+from training.config import TrainingConfig
 
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 COLOR_STRENGTH = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation; hue in turns
@@ -21,19 +22,19 @@ TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def augment(
-    image: Tensor, crop: int, min_scale: float, seed: int, view: int, index: int
+    image: Tensor, crop: int, config: TrainingConfig, view: int, index: int
 ) -> tuple[Tensor, Tensor]:
     """Crop and flip an image at random, and draw its color jitter.
 
     Args:
-        image: uint8 (3, H, W). min_scale: smallest area of the crop, relative to the image.
+        image: uint8 (3, H, W). config: its settings of augmentation, and the seed.
 
     Returns:
         Pixels, uint8 (3, crop, crop), and the draws for `color_jitter`, float32 (4,) in -1 to 1.
     """
-    rng = np.random.default_rng((seed, view, index))
+    rng = np.random.default_rng((config.seed, view, index))
     height, width = image.shape[1:]
-    box = _crop_box(height, width, min_scale, rng)
+    box = _crop_box(height, width, config.min_crop_scale, rng)
     pixels = F.resized_crop(image, *box, [crop, crop], antialias=True)
     if rng.random() < 0.5:
         pixels = F.horizontal_flip(pixels)

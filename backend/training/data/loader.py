@@ -36,6 +36,7 @@ from app.ml.preprocessing import (
     PreprocessConfig,
     load_image,
 )
+from training.config import TrainingConfig
 from training.data.augmentation import augment
 from training.data.cache import ImageCache
 from training.errors import DataError
@@ -170,21 +171,14 @@ class TrainImages(Images):
     """Augmented pixels of the training split, read through the cache."""
 
     def __init__(
-        self, paths: tuple[str, ...], cache: ImageCache, seed: int, crop: int, min_crop_scale: float
+        self, paths: tuple[str, ...], cache: ImageCache, crop: int, config: TrainingConfig
     ) -> None:
         super().__init__(paths, crop)
-        self.cache, self.seed, self.min_crop_scale = cache, seed, min_crop_scale
+        self.cache, self.config = cache, config
 
     def _read(self, key: SampleKey, path: str) -> Sample:
-        pixels, color = augment(
-            self.cache.load(path),
-            crop=self.crop,
-            min_scale=self.min_crop_scale,
-            seed=self.seed,
-            view=key.view,
-            index=key.image,
-        )
-        return Sample(key, pixels, color)
+        image = self.cache.load(path)
+        return Sample(key, *augment(image, self.crop, self.config, key.view, key.image))
 
 
 class EvalImages(Images):

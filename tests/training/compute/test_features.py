@@ -73,7 +73,7 @@ def source(
     order = EpochSampler(len(photos), 4, seed=seed)
     reading = EpochSampler(len(photos), 4) if store else order
     dataset = (
-        TrainImages(photos, ImageCache(None), seed=3, crop=32, min_crop_scale=0.25)
+        TrainImages(photos, ImageCache(None), 32, TrainingConfig(seed=3, min_crop_scale=0.25))
         if train
         else EvalImages(photos, CONFIG)
     )

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app.ml.preprocessing import Limits, PreprocessConfig
+from training.config import TrainingConfig
 from training.data import loader as loader_module
 from training.data.cache import ImageCache
 from training.data.loader import (
@@ -129,7 +130,7 @@ def loader(
 ) -> ImageLoader:
     if not train:
         return eval_loader(photos, CONFIG, 4, num_workers, CPU)
-    images = TrainImages(photos, ImageCache(cache), seed=3, crop=32, min_crop_scale=0.25)
+    images = TrainImages(photos, ImageCache(cache), 32, TrainingConfig(seed=3, min_crop_scale=0.25))
     return ImageLoader(images, EpochSampler(len(photos), 4, seed=1), num_workers, CPU)
 
 
