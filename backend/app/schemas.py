@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.ml.forms import Runtime
 from app.nutrition import FoodFacts
 
 Confidence = Field(ge=0, le=1, description="calibrated probability")
@@ -99,7 +100,7 @@ class ModelInfo(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
     version: int
-    runtime: Literal["torch", "onnx", "int8"] = Field(description="form of the model that answers")
+    runtime: Runtime = Field(description="form of the model that answers")
     model_name: str = Field(examples=["mobilenet_v2"])
     created: str
     classes: list[str]

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_v
 from pydantic_core import PydanticUseDefault
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.ml.forms import Runtime
 from app.ml.machine import memory_limit, num_cores
 
 ENV_PREFIX = "NUTRILEARN_"
@@ -59,7 +60,7 @@ class Settings(BaseSettings):
         default=None, ge=1, description="serve this version, not the newest"
     )
     device: str = Field(default="cpu", description="where to compute: cpu, cuda, mps")
-    runtime: Literal["auto", "torch", "onnx", "int8"] = Field(
+    runtime: Runtime | Literal["auto"] = Field(
         default="auto", description="form of the model that answers; auto is the fastest here"
     )
     workers: Integer = Field(

@@ -78,6 +78,7 @@ FLOORS = {
     | {"training.data", "training.compute", "training.run", "training.release"},
     "app.ml.class_names": set(),
     "app.ml.drift": set(),
+    "app.ml.forms": set(),
     "app.ml.machine": set(),
     "app.ml.timm_networks": set(),
     "app.ml.model": {"app.ml.timm_networks"},
@@ -87,16 +88,17 @@ FLOORS = {
     "app.ml.images": {"app.ml.containers", "app.ml.heif", "app.ml.jpeg"},
     "app.ml.preprocessing": {"app.ml.containers", "app.ml.images"},
     "app.ml.durable": set(),
-    "app.ml.artifacts": {"app.ml.durable", "app.ml.model", "app.ml.preprocessing"},
+    "app.ml.artifacts": {"app.ml.durable", "app.ml.forms", "app.ml.model", "app.ml.preprocessing"},
     "app.ml.predictor": {
         "app.ml.artifacts",
         "app.ml.drift",
+        "app.ml.forms",
         "app.ml.machine",
         "app.ml.model",
         "app.ml.preprocessing",
     },
-    "app.settings": {"app.ml.machine"},
-    "app.schemas": {"app.nutrition"},
+    "app.settings": {"app.ml.forms", "app.ml.machine"},
+    "app.schemas": {"app.ml.forms", "app.nutrition"},
     "app.nutrition": set(),
 }
 

@@ -12,7 +12,6 @@ from torch import nn
 from app.ml.artifacts import (
     CENTROIDS,
     FORMAT_VERSION,
-    INT8,
     ONNX,
     WEIGHTS,
     Decision,
@@ -22,6 +21,7 @@ from app.ml.artifacts import (
     new_version,
     state_bytes,
 )
+from app.ml.forms import FORM_SUFFIXES
 from app.ml.model import backbone, build_model, head_linear
 from app.ml.preprocessing import PreprocessConfig
 
@@ -80,7 +80,7 @@ def release_forms(output_dir: Path, classes: list[str], *, with_int8: bool = Tru
         version.write(ONNX, plain)
         version.write(CENTROIDS, state_bytes(nn.functional.normalize(torch.rand(len(classes), 64))))
         if with_int8:
-            version.write(INT8, other)
+            version.write(FORM_SUFFIXES["int8"], other)
             centroids = nn.functional.normalize(torch.rand(len(classes), 64))
             version.write(f".int8{CENTROIDS}", state_bytes(centroids))
         record = record_of(version, standin.NAME, classes, Decision(1.0, 1.1, food_at=-1.0))

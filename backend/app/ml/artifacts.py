@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from app.ml.durable import file_lock, replace_file, sync_folder, write_durably
+from app.ml.forms import FORM_SUFFIXES
 from app.ml.model import is_backbone_name
 from app.ml.preprocessing import PreprocessConfig
 
@@ -36,8 +37,8 @@ CONFIG_NAME = "model_config.json"
 LOCK_NAME = ".release.lock"
 STAGING = ".staging-"  # + a random name: a version in the making
 PUBLISHING = ".publishing-v"  # + N: the files of version N are being put in place
-# Suffixes of a version's files.
-WEIGHTS, ONNX, INT8, CENTROIDS = ".pth", ".onnx", ".int8.onnx", ".centroids.pth"
+# Suffixes of a version's files; see `FORM_SUFFIXES`.
+WEIGHTS, ONNX, CENTROIDS = FORM_SUFFIXES["torch"], FORM_SUFFIXES["onnx"], ".centroids.pth"
 
 logger = logging.getLogger(__name__)
 

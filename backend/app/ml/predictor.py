@@ -7,16 +7,13 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from app.ml.artifacts import (
-    INT8,
-    ONNX,
-    WEIGHTS,
     DamagedArtifactError,
     ModelRecord,
     NoModelError,
@@ -27,12 +24,11 @@ from app.ml.artifacts import (
     read_state,
 )
 from app.ml.drift import Verdict
+from app.ml.forms import FORM_SUFFIXES, Runtime
 from app.ml.machine import num_cores
 from app.ml.model import ServedNetwork, backbone, build_model, head_linear, inference_copy
 from app.ml.preprocessing import EvalTransform, ImageSource, load_image, normalize
 
-Runtime = Literal["torch", "onnx", "int8"]  # what can run a form of the model
-FORM_SUFFIXES: dict[Runtime, str] = {"torch": WEIGHTS, "onnx": ONNX, "int8": INT8}
 TIMED_SECONDS = 0.06  # spent on each form to find the fastest, or more on a slow machine
 TIMED_CALLS = 5
 CLEARLY_FASTER = 1.1  # less may be chance, and answers should not change from start to start
@@ -153,8 +149,8 @@ def forms_of(record: ModelRecord) -> list[Runtime]:
     """List the runtimes for which the version has a form."""
     return [
         runtime
-        for runtime in get_args(Runtime)
-        if file_name(record.version, FORM_SUFFIXES[runtime]) in record.sha256
+        for runtime, suffix in FORM_SUFFIXES.items()
+        if file_name(record.version, suffix) in record.sha256
     ]
 
 

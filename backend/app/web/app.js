@@ -7,7 +7,6 @@ const VERDICTS = {
   unsure: "Not sure: please check",
   not_food: "Does not look like a dish I know",
 };
-const RUNTIMES = { torch: "PyTorch", onnx: "ONNX", int8: "INT8" };
 const MATCHES = { close: " (a close match)", proxy: " (values of a similar food)" };
 const WORTH_RETRYING = [
   "overloaded", "stopping", "no_model", "upload_too_slow", "malformed_request", "internal_error", "502", "503", "504",
@@ -350,7 +349,7 @@ async function describeModel() {
     const body = await response.json();
     if (!response.ok) return showBanner();
     if (body.feedback) offerTeaching();
-    $("model").textContent = `Model version ${body.version} (${RUNTIMES[body.runtime]}), ${body.classes.length} dishes.`;
+    $("model").textContent = `Model version ${body.version} (${body.runtime === "torch" ? "PyTorch" : body.runtime.toUpperCase()}), ${body.classes.length} dishes.`;
     for (const name of [...body.classes].sort()) {
       const words = name.replaceAll("_", " ");
       $("other").append(new Option(words[0].toUpperCase() + words.slice(1), name));

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from app.ml.artifacts import Decision, SaveError
 from app.ml.drift import AnswerSummary, sum_up
-from app.ml.predictor import OnnxNetwork, Runtime, TorchNetwork, nearest_centroid
+from app.ml.forms import Runtime
+from app.ml.predictor import OnnxNetwork, TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.config import TrainingConfig
 from training.data.loader import eval_loader

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import SaveError, state_bytes
+from app.ml.forms import Runtime
 from app.ml.model import BACKBONES, ServedNetwork, inference_copy
-from app.ml.predictor import OnnxNetwork, Runtime, load_model_for_inference
+from app.ml.predictor import OnnxNetwork, load_model_for_inference
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.errors import VerificationError
 from training.release.quantization import quantize

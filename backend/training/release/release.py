@@ -29,7 +29,8 @@ from app.ml.artifacts import (
     state_bytes,
 )
 from app.ml.drift import RECORD_KEY
-from app.ml.predictor import FORM_SUFFIXES, OnnxNetwork, Runtime, TorchNetwork, forms_of
+from app.ml.forms import FORM_SUFFIXES, Runtime
+from app.ml.predictor import OnnxNetwork, TorchNetwork, forms_of
 from app.ml.preprocessing import normalize
 from training.config import TrainingConfig
 from training.data.splits import FoodData

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 
 from app.ml.artifacts import NewVersion, SaveError, list_versions, read_record, released_files
 from app.ml.drift import reference_of
+from app.ml.forms import FORM_SUFFIXES, Runtime
 from app.ml.model import backbone, build_model
 from app.ml.predictor import (
-    FORM_SUFFIXES,
-    Runtime,
     load_model_for_inference,
     nearest_centroid,
 )
