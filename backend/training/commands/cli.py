@@ -15,6 +15,7 @@ from app.ml.preprocessing import ImageError
 from training.commands.average import Train, average_versions, train_and_average
 from training.commands.compare import compare_versions
 from training.commands.console import log_release
+from training.commands.export import FORMATS, export_version
 from training.commands.predict import predict_paths
 from training.commands.promote import promote_version
 from training.compute.devices import choose_device, prepare_machine
@@ -91,6 +92,8 @@ def run_command(
         logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
     elif options.promote is not None:
         promote_version(config.output_dir, options.promote)
+    elif options.export is not None:
+        logger.info("files %s", export_version(config.output_dir, options.export, options.format))
     elif config.dry_run:
         dry_run(config, command)
     elif released := new_version(options, config, command, train):
@@ -148,6 +151,18 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         help="release the mean of the weights of those of these versions that improve it",
     )
     using.add_argument(
+        "--export",
+        type=version_number,
+        metavar="VERSION",
+        help="write this version for other runtimes, into exports/ in the folder of the model",
+    )
+    using.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        metavar="FORMAT",
+        help=f"of --export: {', '.join(FORMATS)}",
+    )
+    using.add_argument(
         *flag_names("sync_mlflow"),
         metavar="RUN_DIR",
         help="bring MLflow up to date with a run's record (--tracking_uri: in this store)",
@@ -159,10 +174,12 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that are wrong in themselves or together."""
     if options.top_k < 1:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
-    commands = ("predict", "compare", "promote", "average")
+    commands = ("predict", "compare", "promote", "average", "export")
     asked = [f"--{name}" for name in commands if getattr(options, name) is not None]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)}: one at a time")
+    if (options.export is None) != (options.format is None):
+        raise ConfigError(f"--export VERSION and --format ({', '.join(FORMATS)}) go together")
 
 
 def version_number(text: str) -> int:

@@ -1,0 +1,308 @@
+"""The files that other runtimes read: ONNX, LiteRT and Core ML, each written and then checked."""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from app.ml.artifacts import file_name, read_checked
+from app.ml.durable import write_durably
+from app.ml.forms import FORM_SUFFIXES, Runtime
+from app.ml.predictor import FoodPredictor, OnnxNetwork, forms_of, load_model_for_inference
+from training.release.export import reason_of
+from training.release.standalone import (
+    INPUT,
+    NEARLY_SAME,
+    PROBABILITIES,
+    SAME,
+    SIMILARITY,
+    Answers,
+    ExportError,
+    StandaloneNetwork,
+    answers_of,
+    facts_of,
+    pictures,
+)
+
+FEW_NUMBERS = 16  # in a constant that is not looked at: shapes, axes, steps
+
+logger = logging.getLogger(__name__)
+
+
+class Exported(NamedTuple):
+    """A file that was written. difference: of its answers; None where its runtime is not here."""
+
+    path: Path
+    difference: float | None
+
+
+def import_package(module: str, package: str, format: str) -> Any:
+    """Import a package that only one format needs.
+
+    Raises:
+        ExportError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ExportError(f"--format {format} needs a package: pip install {package}") from error
+
+
+def checked(
+    path: Path, predictor: FoodPredictor, run: Callable[[Tensor], Answers], limit: float
+) -> Exported:
+    """Ask a file and the version about the same pictures.
+
+    Raises:
+        ExportError: they differ by more than the limit.
+    """
+    images = pictures(predictor.record.preprocessing.crop)
+    difference = run(images).difference(answers_of(predictor, images))
+    if not difference <= limit:  # nor may it be NaN
+        raise ExportError(
+            f"{path.name} does not answer as version {predictor.record.version} does: its "
+            f"probabilities differ by up to {difference:.2g}; the limit is {limit:g}"
+        )
+    return Exported(path, difference)
+
+
+def write_facts(path: Path, predictor: FoodPredictor) -> None:
+    """Write beside a file what an app must know: not every runtime reads what is inside it."""
+    facts = facts_of(predictor.record, predictor.runtime)
+    text = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+    write_durably(path.with_name(f"{path.name}.json"), text.encode())
+
+
+@contextlib.contextmanager
+def quiet_output() -> Iterator[None]:
+    """Inside, what converters say about their progress is not shown."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def network_of(predictor: FoodPredictor) -> StandaloneNetwork:
+    """Put the pixels before and the answers behind a version's PyTorch form."""
+    network: nn.Module = predictor.network.model  # type: ignore[union-attr]
+    return StandaloneNetwork(predictor, network.to(memory_format=torch.contiguous_format)).eval()
+
+
+# ONNX -----------------------------------------------------------------------------------------
+
+
+def export_onnx(model_dir: Path, version: int, folder: Path) -> list[Exported]:
+    """Write the version's own ONNX and INT8 files with the pixels before and the answers behind."""
+    record = load_model_for_inference(model_dir, version, runtime="onnx").record
+    runtimes: list[Runtime] = [runtime for runtime in forms_of(record) if runtime != "torch"]
+    exported = []
+    for runtime in runtimes:
+        predictor = load_model_for_inference(model_dir, version, runtime=runtime)
+        name = file_name(version, FORM_SUFFIXES[runtime])
+        data = standalone_onnx(read_checked(model_dir, name, record), predictor)
+        write_durably(folder / name, data)
+        write_facts(folder / name, predictor)
+        exported.append(checked(folder / name, predictor, onnx_runner(data), SAME))
+    return exported
+
+
+def standalone_onnx(plain: bytes, predictor: FoodPredictor) -> bytes:
+    """Add to an ONNX file of ours what `StandaloneNetwork` adds, and what an app must know."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    model, node = onnx.load_from_string(plain), helper.make_node
+    graph, network = model.graph, StandaloneNetwork(predictor, nn.Identity())
+    before = [
+        node("Transpose", [INPUT], ["image_nchw"], name="channels_first", perm=[0, 3, 1, 2]),
+        node("Cast", ["image_nchw"], ["pixels"], name="to_float", to=TensorProto.FLOAT),
+        # In this order, as in `normalize`: INT8 turns other roundings into other answers.
+        node("Div", ["pixels", "white"], ["shares"], name="divide_by_255"),
+        node("Sub", ["shares", "mean"], ["centered"], name="subtract_mean"),
+        node("Div", ["centered", "std"], ["images"], name="divide_by_std"),
+    ]
+    behind = [
+        node("Div", ["logits", "temperature"], ["calibrated_logits"], name="calibrate"),
+        node("Softmax", ["calibrated_logits"], [PROBABILITIES], name="softmax", axis=1),
+        node("LpNormalization", ["pooled"], ["direction"], name="direction", axis=1, p=2),
+        node("Gemm", ["direction", "centroids"], ["similarities"], name="compare", transB=1),
+        node("ReduceMax", ["similarities"], [SIMILARITY], name="nearest", axes=[1], keepdims=0),
+    ]
+    nodes = [*before, *graph.node, *behind]
+    constants = {name: value.numpy() for name, value in network.named_buffers()}
+    constants["temperature"] = np.array(network.temperature, dtype=np.float32)
+    constants["white"] = np.array(255, dtype=np.float32)
+    crop, num_classes = predictor.record.preprocessing.crop, len(predictor.classes)
+    for field in (graph.node, graph.input, graph.output):
+        del field[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
+    value = helper.make_tensor_value_info
+    graph.input.append(value(INPUT, TensorProto.UINT8, ["n", crop, crop, 3]))
+    graph.output.append(value(PROBABILITIES, TensorProto.FLOAT, ["n", num_classes]))
+    graph.output.append(value(SIMILARITY, TensorProto.FLOAT, ["n"]))
+    graph.name = file_name(predictor.record.version, "")
+    helper.set_model_props(model, metadata(predictor))
+    return model.SerializeToString()
+
+
+def metadata(predictor: FoodPredictor) -> dict[str, str]:
+    """Return what an app must know as text; lists are JSON."""
+    facts = facts_of(predictor.record, predictor.runtime)
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for name, value in facts.items()
+    }
+
+
+def onnx_runner(data: bytes) -> Callable[[Tensor], Answers]:
+    session = OnnxNetwork(data, None).session
+
+    def run(images: Tensor) -> Answers:
+        given = session.run([PROBABILITIES, SIMILARITY], {INPUT: images.numpy()})
+        return Answers(*map(torch.from_numpy, given))
+
+    return run
+
+
+# LiteRT ---------------------------------------------------------------------------------------
+
+
+def export_litert(model_dir: Path, version: int, folder: Path) -> list[Exported]:
+    """Write the network for one picture at a time, and the same with weights of half the size."""
+    predictor = load_model_for_inference(model_dir, version, runtime="torch")
+    plain = folder / file_name(version, ".tflite")
+    small = folder / file_name(version, ".fp16.tflite")
+    example = {INPUT: pictures(predictor.record.preprocessing.crop)[:1]}
+    with quiet_output():
+        litert_torch = import_package("litert_torch", "litert-torch", "litert")
+        litert_torch.convert(network_of(predictor), sample_kwargs=example).export(str(plain))
+        write_fp16(plain, small)
+    exported = [checked(plain, predictor, litert_runner(plain), SAME)]
+    try:
+        exported.append(checked(small, predictor, litert_runner(small), NEARLY_SAME))
+    except ExportError as error:
+        small.unlink()
+        logger.info("no fp16 form: %s", reason_of(error))
+    for file in exported:
+        write_facts(file.path, predictor)
+    return exported
+
+
+def write_fp16(plain: Path, small: Path) -> None:
+    """Round the weights to 16 bits; what is computed with them stays in 32."""
+    from ai_edge_quantizer import qtyping, quantizer
+    from ai_edge_quantizer.algorithm_manager import AlgorithmName
+
+    weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
+    casting = quantizer.Quantizer(str(plain))
+    casting.update_quantization_recipe(
+        regex=".*",
+        operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
+        algorithm_key=AlgorithmName.FLOAT_CASTING,
+        op_config=qtyping.OpQuantizationConfig(
+            weight_tensor_config=weights,
+            compute_precision=qtyping.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
+        ),
+    )
+    casting.quantize().export_model(str(small))
+
+
+def litert_runner(path: Path) -> Callable[[Tensor], Answers]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    runner = Interpreter(str(path)).get_signature_runner()
+
+    def run(images: Tensor) -> Answers:
+        given = [runner(**{INPUT: image.numpy()}) for image in images.split(1)]
+        parts = [[torch.from_numpy(g[name]) for g in given] for name in (PROBABILITIES, SIMILARITY)]
+        return Answers(*map(torch.cat, parts))
+
+    return run
+
+
+# Core ML --------------------------------------------------------------------------------------
+
+
+class PixelsFirst(nn.Module):
+    """The network as Core ML calls it: with the colors of an image first, as floats of 0 to 255."""
+
+    def __init__(self, network: StandaloneNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        answers = self.network.answers(image)
+        return answers[PROBABILITIES], answers[SIMILARITY]
+
+
+def export_coreml(model_dir: Path, version: int, folder: Path) -> list[Exported]:
+    """Write an ML program in 16 bits. Its runtime is on Apple's systems only, so what is checked is
+    its description and that it holds the weights of the version."""
+    predictor = load_model_for_inference(model_dir, version, runtime="torch")
+    crop, network = predictor.record.preprocessing.crop, network_of(predictor)
+    path = folder / file_name(version, ".mlpackage")
+    with quiet_output():
+        coremltools = import_package("coremltools", "coremltools", "coreml")
+        program = torch.export.export(PixelsFirst(network), (torch.zeros(1, 3, crop, crop),))
+        model = coremltools.convert(
+            program.run_decompositions({}),
+            inputs=[coremltools.ImageType(INPUT, shape=(1, 3, crop, crop))],
+            outputs=[coremltools.TensorType(PROBABILITIES), coremltools.TensorType(SIMILARITY)],
+            minimum_deployment_target=coremltools.target.iOS16,
+            skip_model_load=True,
+        )
+        model.short_description = f"{file_name(version, '')}: which dish is on a photo"
+        model.user_defined_metadata.update(metadata(predictor))
+        model.save(str(path))
+        check_coreml(coremltools.models.MLModel(str(path), skip_model_load=True), network, crop)
+    write_facts(path, predictor)
+    return [Exported(path, None)]
+
+
+def check_coreml(model: Any, network: StandaloneNetwork, crop: int) -> None:
+    """Compare a written model's description and its weights with what it was made from.
+
+    Raises:
+        ExportError: it takes or gives something else, or a weight is no rounded one of ours.
+    """
+    description = model.get_spec().description
+    image, names = description.input[0].type.imageType, [o.name for o in description.output]
+    if (image.width, image.height, names) != (crop, crop, [PROBABILITIES, SIMILARITY]):
+        raise ExportError(f"the Core ML model takes {image.width} pixels and gives {names}")
+    ours: dict[int, list[np.ndarray]] = {}
+    for tensor in network.state_dict().values():
+        ours.setdefault(tensor.numel(), []).append(tensor.flatten().numpy())
+    weights = coreml_weights(model)
+    wrong = [
+        name
+        for name, value in weights.items()
+        if not any(np.allclose(value, t, rtol=1e-3, atol=1e-4) for t in ours.get(value.size, ()))
+    ]
+    if wrong or not weights:
+        raise ExportError(
+            f"{len(wrong)} of {len(weights)} weights of the Core ML model are not the version's: "
+            f"{', '.join(wrong[:3])}"
+        )
+
+
+def coreml_weights(model: Any) -> dict[str, np.ndarray]:
+    """Return the constants of some size, flat, by name."""
+    from coremltools.optimize.coreml import get_weights_metadata
+
+    found = get_weights_metadata(model, weight_threshold=FEW_NUMBERS)
+    return {name: np.ravel(weight.val).astype(np.float32) for name, weight in found.items()}
