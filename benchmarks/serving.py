@@ -469,8 +469,9 @@ def large(options: argparse.Namespace, _: list[bytes]) -> None:
         for name, body in bodies.items():
             # The clients are a process of their own, which /health is not measured through.
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                pool.submit(int).result()  # it has started
                 flood = pool.submit(_flood, server, photo_request(body), options.seconds)
-                time.sleep(2)
+                time.sleep(1)
                 latencies = asyncio.run(poll_health(server, Stop(seconds=options.seconds - 2)))
                 statuses = dict(sorted(flood.result().items()))
             p99 = 1000 * statistics.quantiles(latencies, n=100)[98]

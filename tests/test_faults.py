@@ -51,7 +51,7 @@ from training.run import resume as resuming
 from training.run.checkpoints import load_checkpoint
 from training.run.state import MicroBatch
 
-pytestmark = pytest.mark.usefixtures("short_runs")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("short_runs")]
 REAL_RELEASE = train_model.release_model
 
 

@@ -221,6 +221,7 @@ def test_a_signal_while_the_model_is_tested_ends_the_run_at_once(
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("signals", [(2, 2), (15, 15), (2, 15)])
 def test_a_second_signal_stops_at_once(
@@ -240,6 +241,7 @@ def own_group() -> None:
     os.kill = lambda _, number: os.killpg(0, number)  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @needs_fork
 def test_ctrl_c_reaches_the_data_workers_too_and_harms_nothing(
     tmp_path: Path, photos: Path, undisturbed: Outcome
@@ -255,6 +257,7 @@ def test_ctrl_c_reaches_the_data_workers_too_and_harms_nothing(
     assert outcome(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize(
     ("kind", "number", "workers"),
@@ -282,6 +285,7 @@ def test_a_killed_run_is_the_uninterrupted_run(
     assert not list(tmp_path.glob("runs/*/.checkpoint-*.tmp"))
 
 
+@pytest.mark.slow
 def test_each_checkpoint_in_the_middle_of_an_epoch_leads_to_the_same_weights(
     tmp_path: Path, photos: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +413,7 @@ def first_step(path: Path, run: Run, *values: Any) -> Any:
     return result
 
 
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("batch_size", ["13", "1"])
 def test_two_processes_compute_the_gradients_of_one(
@@ -432,6 +437,7 @@ def test_two_processes_compute_the_gradients_of_one(
         assert (got - expected).norm() <= 0.03 * expected.norm() + 1e-5, name
 
 
+@pytest.mark.slow
 @needs_fork
 def test_two_processes_train_as_one_does(tmp_path: Path, photos: Path) -> None:
     """Stopped by a signal to one of them, and resumed; rank 0 alone speaks and writes."""
@@ -460,9 +466,12 @@ def test_every_signal_that_ends_a_process_saves_first(
 ) -> None:
     """A terminal that closes, Ctrl-backslash, a cluster that announces the end of a time slice."""
     number = getattr(signal, name)
-    with monkeypatch.context() as patch:
-        after(patch, train_model, "gradients", 2, send(number))
+    before = signal.signal(number, signal.SIG_DFL)  # a test run in the background ignores some
+    try:
+        after(monkeypatch, train_model, "gradients", 2, send(number))
         assert train(tmp_path, photos, "--resume", "auto") == 128 + number
+    finally:
+        signal.signal(number, before)
     (newest,) = tmp_path.glob("runs/*/checkpoint-*.pt")
     assert load_checkpoint(newest).state["batch"] == 2
 
@@ -484,7 +493,7 @@ class Hanging(Images):
     """Reads some batches and then hangs, as a reader that lost its batch does."""
 
     def __init__(self, paths: tuple[str, ...], *values: Any) -> None:
-        super().__init__(paths, crop=values[2])
+        super().__init__(paths, crop=values[1])
 
     def _read(self, key: SampleKey, path: str) -> Sample:  # noqa: ARG002
         if key.position == 0 and key.image % 2:
@@ -534,6 +543,7 @@ class Reads(TorchDispatchMode):
         return function(*values, **(named or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_update_never_waits_for_the_device(
     precision: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch

@@ -474,6 +474,7 @@ def test_a_dripping_upload_is_ended() -> None:
     assert json.loads(body["body"])["code"] == "upload_too_slow"
 
 
+@pytest.mark.slow
 def test_an_endless_upload_is_ended() -> None:
     head = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     start, body, *_ = _post_pieces([head, *[bytes(1000)] * 50], max_upload_bytes=10_000)
@@ -498,6 +499,7 @@ def test_reload_needs_the_token(model_dir: Path) -> None:
         assert reload(client).status_code == 200
 
 
+@pytest.mark.slow
 def test_reload_under_load_then_roll_back(two_versions: Path) -> None:
     photo, stop = encode(plate()), threading.Event()
     settings = {"reload_token": TOKEN, "model_version": 1, "workers": 2, "queue_size": 64}
@@ -548,6 +550,7 @@ def test_a_bad_model_leaves_the_old_one_serving(
         assert 'model_loads_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_a_watched_folder_serves_what_is_released(tmp_path: Path) -> None:
     def version_becomes(client: TestClient, version: int) -> bool:
         deadline = time.monotonic() + 20

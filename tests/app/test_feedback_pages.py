@@ -185,6 +185,7 @@ def test_without_a_folder_nothing_is_offered(visit: Open, tmp_path: Path) -> Non
 # The operator ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_operator_accepts_relabels_and_discards(visit: Open, url: str, stored: Path) -> None:
     for dish in ("waffles", "Dal Makhani", "Pizza"):
         page = visit(url)

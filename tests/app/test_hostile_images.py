@@ -29,6 +29,7 @@ from app.settings import Settings
 
 BACKEND = Path(__file__).resolve().parents[2] / "backend"
 MEGABYTE = 2**20
+pytestmark = pytest.mark.slow
 
 
 def plate(size: tuple[int, int] = (96, 64), mode: str = "RGB") -> Image.Image:
@@ -44,11 +45,11 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, *extra: bytes, rows: int = 1) -> bytes:
+def png(width: int, height: int, depth: int, color: int, *extra: bytes, rows: int = 1) -> bytes:
     """A PNG that claims this size and holds so many rows of zeros."""
-    channels = {0: 1, 2: 3, 6: 4}[colour]
+    channels = {0: 1, 2: 3, 6: 4}[color]
     data = zlib.compress(bytes((1 + (width * depth * channels + 7) // 8) * rows), 9)
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         (header, *extra, png_chunk(b"IDAT", data), png_chunk(b"IEND", b""))
     )

@@ -21,7 +21,10 @@ from PIL import Image
 from tests.support.cpu_groups import cpu_group
 from tests.support.live_server import BACKEND, LiveServer, live_server
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="needs signals of POSIX"),
+]
 MEGABYTE = 2**20
 
 

@@ -20,7 +20,10 @@ from tests.support.live_server import BACKEND, LiveServer, live_server
 from app.settings import Settings
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
-pytestmark = pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian's package nginx-light)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NGINX is None, reason="needs nginx (Debian's package nginx-light)"),
+]
 OURS = (BACKEND / "nginx.conf").read_text(encoding="utf-8")
 # What people write who have read one page about it: HTTP/1.0 to the server, and a larger limit.
 SHORT = (

@@ -194,6 +194,7 @@ def test_the_token_is_never_shown() -> None:
     assert TOKEN not in repr(Settings(reload_token=TOKEN))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_start_ends_with_one_line() -> None:
     environment = {**os.environ, "NUTRILEARN_RELOAD_TOKEN": "secret", "NUTRILEARN_WORKERS": "two"}
     result = subprocess.run(

@@ -238,6 +238,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     at=st.integers(1, MOST_STEPS),

@@ -149,6 +149,7 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
 # HEIC -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_large_heic_comes_at_the_size_of_such_a_jpeg() -> None:
     large = Image.linear_gradient("L").resize((2001, 2400)).convert("RGB")
     image = load_image(encoded(large, "HEIF"))
@@ -268,6 +269,7 @@ def exif_blocks(draw: st.DrawFn) -> tuple[bytes, int]:
     return block + draw(st.binary(max_size=20)), orientation
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(block=exif_blocks(), format=st.sampled_from(["JPEG", "PNG", "WEBP"]))
 def test_the_orientation_is_read_whatever_stands_beside_it(
@@ -570,6 +572,7 @@ def half_of(data: bytes, share: float, filled: bytes) -> bytes:
     return data[:kept] + filled * (len(data) - kept)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     format=st.sampled_from(["JPEG", "PNG", "WEBP", "lossless WEBP", "AVIF", "GIF"]),
@@ -737,6 +740,7 @@ ENCODINGS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @example("a border", ENCODINGS[8], (181, 153), (127, 127, 127), 35)  # one filler changed nothing
 @example("a border", ENCODINGS[8], (195, 118), (200, 30, 60), 51)
 @settings(max_examples=200, deadline=None)
@@ -760,6 +764,7 @@ def test_flat_pictures_are_whole(
     assert load_image(data).tobytes() == Image.open(io.BytesIO(data)).convert("RGB").tobytes()
 
 
+@pytest.mark.slow
 def test_real_photos_are_whole_and_unchanged(shared_dir: Path) -> None:
     """All of them were tried: none of 3,400 was taken for damaged; here every tenth."""
     photos = sorted((shared_dir / "data").glob("*/**/*.jpg"))[::10]

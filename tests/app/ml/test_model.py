@@ -189,6 +189,7 @@ def test_training_leaves_everything_frozen_bit_for_bit(name: str) -> None:
     assert not any(torch.equal(moving[key], value) for key, value in trained.state_dict().items())
 
 
+@pytest.mark.slow
 @every_backbone
 def test_folding_batch_norm_changes_the_logits_by_rounding_only(name: str) -> None:
     model = lived_in(name)
@@ -295,6 +296,7 @@ def test_weights_that_come_with_a_package_name_it(monkeypatch: pytest.MonkeyPatc
         load_pretrained(model, "efficientnet_lite2", "imagenet")
 
 
+@pytest.mark.slow
 @every_backbone
 def test_a_file_of_weights_fills_everything_but_the_head(name: str, tmp_path: Path) -> None:
     """Whatever number of classes the file was made for."""

@@ -93,6 +93,7 @@ CONFIGS = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(photo=photos(), config=CONFIGS)
 def test_property_6_serving_sees_what_validation_saw(

@@ -169,6 +169,7 @@ def test_the_frozen_part_runs_as_inference_and_both_parts_are_the_whole(
     assert not caplog.messages
 
 
+@pytest.mark.slow
 def test_a_network_that_is_no_chain_runs_whole_with_its_layers_frozen(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -281,6 +282,7 @@ def test_the_onnx_form_answers_as_the_network(name: str) -> None:
         torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm/test_vit.r160_in1k", NO_CHAIN])
 def test_a_release_is_loaded_without_a_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +330,7 @@ def gone(*_: object, **__: object) -> None:
     raise RuntimeError("Invalid pretrained tag")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cannot be traced", "answers otherwise"])
 def test_a_network_without_a_right_onnx_form_is_released_without_it(
     harm: str, monkeypatch: pytest.MonkeyPatch

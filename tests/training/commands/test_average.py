@@ -279,6 +279,7 @@ def test_several_runs_read_what_a_launcher_left_as_one_run_does(
 # Resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_second_run_goes_on_and_the_first_is_not_trained_again(
     tmp_path: Path,
     photos: Path,

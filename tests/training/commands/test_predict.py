@@ -144,6 +144,7 @@ def fail_unforeseen(*_: object) -> list[Prediction]:
     raise ArithmeticError("nobody thought of this")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("act", "code", "said"),
     [
@@ -430,6 +431,7 @@ def test_a_folder_without_pictures_ends_the_command_with_one_line(
     assert said.startswith("empty holds no picture")
 
 
+@pytest.mark.slow
 def test_predicting_does_not_pay_for_what_draws_reports(tmp_path: Path) -> None:
     heavy = {"sklearn", "scipy", "matplotlib", "seaborn", "pandas", "mlflow"}
     code = "import train_model, training.commands.predict, training.commands.compare\n"

@@ -38,6 +38,7 @@ def places(module: nn.Module) -> set[str]:
     return {tensor.device.type for tensor in module.state_dict().values()}
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     name=st.sampled_from(DEVICES),
@@ -212,6 +213,7 @@ def test_the_facts_name_device_and_precision(caplog: pytest.LogCaptureFixture) -
     assert facts["torch"] == torch.__version__ and facts["threads"] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_a_large_block_that_was_freed_is_used_again() -> None:
     """In a process of its own: minor page faults of ten arrays of 20 MB, one after the other."""

@@ -155,6 +155,7 @@ def test_a_view_stays_what_it_was_when_a_run_began() -> None:
     assert color.tolist() == pytest.approx([0.0132, 0.2082, 0.5405, -0.315], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_half_of_the_images_are_flipped_and_the_crops_reach_everywhere() -> None:
     boxes = [box_of(192, 256, min_scale=0.08, index=i, crop=32) for i in range(1500)]
     assert np.mean([box.flipped for box in boxes]) == pytest.approx(0.5, abs=0.04)

@@ -36,6 +36,7 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     width=st.integers(1, 600),
@@ -149,6 +150,7 @@ def test_where_nothing_can_be_added_what_is_there_is_read(
     assert torch.equal(cache.load(old), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
 def test_a_picture_that_is_too_large_for_the_server_may_be_trained_on(tmp_path: Path) -> None:
     photo = tmp_path / "screen.png"

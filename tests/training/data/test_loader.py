@@ -341,6 +341,7 @@ def read_one_by_one(dataset: tuple[str, ...], before: str, after: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_process_ends_whatever_holds_its_readers(dataset: tuple[str, ...]) -> None:
     """A traceback may; multiprocessing would wait for workers that ignore its SIGTERM."""
     assert read_one_by_one(dataset, "", "print('read')") == "read\n"
@@ -366,6 +367,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="others start their workers anew")
 def test_a_killed_reader_holds_no_lock_that_the_trainer_waits_for(dataset: tuple[str, ...]) -> None:
     """The loader's own event has one: whoever is killed while it asks keeps it."""

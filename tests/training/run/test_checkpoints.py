@@ -60,6 +60,7 @@ def anything(_folder: Path, _state: dict[str, Any]) -> None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(
     steps=st.integers(0, 3),

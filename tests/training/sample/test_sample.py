@@ -119,6 +119,7 @@ def test_every_name_in_the_tables_is_a_piece_and_every_piece_is_used() -> None:
     assert {name for names in named for name in names.split()} == PIECES.keys()
 
 
+@pytest.mark.slow
 def test_colors_alone_do_not_tell_the_dishes_apart() -> None:
     """A nearest centroid on color histograms, where chance is 0.1 and a network reaches 0.9."""
     train, test = (histograms(range(*numbers)) for numbers in ((0, 8), (8, 12)))
