@@ -133,10 +133,14 @@ def check_uvicorn(command: Command) -> None:
 def check_mlflow(command: Command) -> None:
     from mlflow.cli import cli  # takes seconds
 
-    _, name, *words = shlex.split(command.line)
-    subcommand = cli.get_command(click.Context(cli), name)
-    assert subcommand
-    subcommand.make_context(name, words)
+    words = shlex.split(command.line)
+    name, *words = [word for word in words if not word.startswith("MLFLOW_")]
+    called: click.Command | None = cli
+    while isinstance(called, click.Group):
+        name, *words = words
+        called = called.get_command(click.Context(called), name)
+    assert called
+    called.make_context(name, words)
 
 
 def check_curl(command: Command) -> None:
@@ -162,13 +166,13 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     r"(python|torchrun) ": check_script,
     r"(\./)?train_quick_start\.(sh|bat)": check_quick_start,
     r"bash ": check_bash,
-    r"(\S+/)?mlflow ": check_mlflow,
+    r"(MLFLOW_\w+=\S+ )?(\S+/)?mlflow ": check_mlflow,
     r"(\S+/)?uvicorn ": check_uvicorn,
     r"curl ": check_curl,
     r"docker ": check_docker,
     r"export ": check_export,
 }
-SLOW = r"python (benchmarks/|-m )|\S*mlflow "
+SLOW = r"python (benchmarks/|-m )|(MLFLOW_\S+ )?\S*mlflow "
 
 
 def all_commands() -> list[object]:

@@ -16,7 +16,7 @@ from training.commands.average import Train, average_versions, train_and_average
 from training.commands.compare import compare_versions
 from training.commands.console import log_release
 from training.commands.export import FORMATS, export_version
-from training.commands.predict import predict_paths
+from training.commands.predict import Shard, predict_paths
 from training.commands.promote import promote_version
 from training.compute.devices import choose_device, prepare_machine
 from training.compute.distributed import losses_explained
@@ -27,7 +27,7 @@ from training.config import (
     make_parser,
 )
 from training.errors import ConfigError, ReleaseError, TrainingError
-from training.run.mlflow_sync import sync
+from training.run.mlflow_sync import sync, sync_aliases
 from training.run.signals import Interrupted
 from training.shell import quoted
 from training.uris import without_password
@@ -92,12 +92,15 @@ def run_command(
         logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
     elif options.promote is not None:
         promote_version(config.output_dir, options.promote)
+        follow_in_mlflow(options, config)
     elif options.export is not None:
         logger.info("files %s", export_version(config.output_dir, options.export, options.format))
     elif config.dry_run:
         dry_run(config, command)
     elif released := new_version(options, config, command, train):
         log_release(released, config)
+        if "parents" in released.training:  # a mean of versions has no run that says it to MLflow
+            follow_in_mlflow(options, config)
     return 0
 
 
@@ -124,6 +127,13 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         "predictions.csv)",
     )
     using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
+    using.add_argument(
+        *flag_names("shard"),
+        type=shard,
+        metavar="SHARD",
+        help="predict only this share of the pictures, I/N with I from 0 to N-1, each on a machine "
+        "(a table in predictions-I-of-N.csv)",
+    )
     using.add_argument(
         *flag_names("model_version"),
         type=version_number,
@@ -174,6 +184,8 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse options that are wrong in themselves or together."""
     if options.top_k < 1:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
+    if options.shard and not options.predict:
+        raise ConfigError(f"--shard {options.shard}: goes with --predict")
     commands = ("predict", "compare", "promote", "average", "export")
     asked = [f"--{name}" for name in commands if getattr(options, name) is not None]
     if len(asked) > 1:
@@ -188,6 +200,17 @@ def version_number(text: str) -> int:
     if not (digits.isascii() and digits.isdigit()):
         raise argparse.ArgumentTypeError(f"{text}: must be a version, such as 3 or v3")
     return int(digits)
+
+
+def shard(text: str) -> Shard:
+    """Parse "I/N"."""
+    index, _, count = text.partition("/")
+    numbers = [int(n) if n.isascii() and n.isdigit() else -1 for n in (index, count)]
+    if not 0 <= numbers[0] < numbers[1]:
+        raise argparse.ArgumentTypeError(
+            f"{text}: must be I/N with I from 0 to N-1, such as 0/8 for the first of eight shares"
+        )
+    return Shard(*numbers)
 
 
 def set_up_output() -> None:
@@ -211,6 +234,7 @@ def predict(options: argparse.Namespace, config: TrainingConfig) -> int:
             top_k=options.top_k,
             device=device,
             num_workers=config.num_workers,
+            shard=options.shard,
         )
 
 
@@ -219,6 +243,14 @@ def sync_run(run_dir: Path, tracking_uri: str | None) -> int:
     result = sync(run_dir, deadline_seconds=SYNC_SECONDS, tracking_uri=tracking_uri)
     logger.info("%s", result.message)
     return 0 if result.in_sync else 1
+
+
+def follow_in_mlflow(options: argparse.Namespace, config: TrainingConfig) -> None:
+    """Let MLflow's aliases follow the current version; that it cannot is one line."""
+    if config.no_mlflow:
+        return
+    if result := sync_aliases(config.output_dir, options.tracking_uri):
+        logger.info("%s", result.message)
 
 
 # Commands as they are printed -----------------------------------------------------------------

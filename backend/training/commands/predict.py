@@ -6,8 +6,10 @@ import glob
 import logging
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -50,6 +52,31 @@ VERDICT_WORDS = {
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One of `count` shares of the pictures, by its index from 0: as queues and clusters number."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    def holds(self, name: str) -> bool:
+        """Whether a picture of this name, relative to the folder that was asked for, is in it.
+
+        By a checksum of the name: machines agree wherever they mount the folder, and a picture
+        that comes or goes moves no other.
+        """
+        place = os.fsencode(name.replace(os.sep, "/"))
+        return zlib.crc32(place) % self.count == self.index
+
+    @property
+    def table(self) -> Path:
+        """Name the table: shares may be written to one folder."""
+        return PREDICTIONS_CSV.with_stem(f"{PREDICTIONS_CSV.stem}-{self.index}-of-{self.count}")
+
+
 def predict_paths(
     model: FoodPredictor,
     paths: Sequence[str],
@@ -57,29 +84,32 @@ def predict_paths(
     top_k: int,
     device: torch.device,
     num_workers: int | str,
+    shard: Shard | None = None,
 ) -> int:
     """Predict pictures and folders of them; return the exit code.
 
-    It is 1 if a picture that was named, or every one that was found, cannot be read, and 130 after
-    Ctrl-C.
+    shard: predict this share only, to a table of its own. The exit code is 1 if a picture that was
+    named, or every one that was found, cannot be read, and 130 after Ctrl-C.
     """
     top_k = min(top_k, len(model.classes))
     paths = [path for pattern in paths for path in expand(pattern)]
-    if not any(map(os.path.isdir, paths)):
+    if not (shard or any(map(os.path.isdir, paths))):
         return 1 if print_predictions(model, paths, top_k) else 0
-    check_target(PREDICTIONS_CSV)
+    table = shard.table if shard else PREDICTIONS_CSV
+    check_target(table)
     audit = Audit()
-    images = find_images(paths, audit)
+    images = find_images(paths, audit, shard)
     for line in audit.describe_skipped():
         logger.info("%s", line)
     batches = predictions(model, images, top_k, device, reader_processes(num_workers, device))
     try:
         with contextlib.closing(batches):
-            unread = write_predictions(PREDICTIONS_CSV, batches, len(images), top_k)
+            unread = write_predictions(table, batches, len(images), top_k)
     except KeyboardInterrupt:
-        logger.info("stopped; %s holds the predictions so far", PREDICTIONS_CSV)
+        logger.info("stopped; %s holds the predictions so far", table)
         return 130
-    return 1 if len(unread) == len(images) or unread & set(paths) else 0
+    all_failed = len(unread) == len(images) > 0  # a share of few pictures may be empty
+    return 1 if all_failed or unread & set(paths) else 0
 
 
 def expand(pattern: str) -> list[str]:
@@ -129,21 +159,27 @@ def print_predictions(model: FoodPredictor, paths: Sequence[str], top_k: int) ->
     return list(problems)
 
 
-def find_images(paths: Sequence[str], audit: Audit) -> list[str]:
+def find_images(paths: Sequence[str], audit: Audit, shard: Shard | None = None) -> list[str]:
     """List files as named, and every picture in folders and their sub-folders, sorted by name.
+
+    shard: list only its share of them.
 
     Raises:
         DataError: a folder without a picture.
     """
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # path -> name in what was asked for
     for path in paths:
         images = list(_images_within(Path(path), audit)) if os.path.isdir(path) else [path]
         if not images:
             endings = ", ".join(f"*{ending}" for ending in IMAGE_EXTENSIONS)
             problem = f"{path} holds no picture; files named {endings} are read"
             raise DataError("; ".join([problem, *audit.describe_skipped()]))
-        found |= dict.fromkeys(images)
-    return list(found)
+        found |= {image: _name_within(path, image) for image in images}
+    return [image for image, name in found.items() if shard is None or shard.holds(name)]
+
+
+def _name_within(path: str, image: str) -> str:
+    return os.path.basename(image) if image == path else os.path.relpath(image, path)
 
 
 def _images_within(folder: Path, audit: Audit) -> Iterator[str]:
@@ -169,6 +205,8 @@ def predictions(
     model: FoodPredictor, images: Sequence[str], top_k: int, device: torch.device, num_workers: int
 ) -> Generator[list[tuple[str, Prediction | str]], None, None]:
     """Yield batches of images, in order, each with its prediction or the reason why it has none."""
+    if not images:
+        return
     # Workers read ahead while the network computes, which it does not for the first batch.
     num_workers = min(num_workers, -(-len(images) // BATCH_SIZE) - 1)
     config = model.record.preprocessing

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from app.ml.durable import write_durably
+from training.config import TrainingConfig
+from training.data.sources import SAMPLE_NAME
 from training.data.splits import FoodData, Split
 from training.errors import CheckpointError
 
@@ -29,6 +31,19 @@ def fingerprint(data: FoodData) -> str:
         digest.update("\n".join(names).encode("utf-8", "surrogateescape"))
         digest.update(split.labels.tobytes())
     return digest.hexdigest()
+
+
+def describe(data: FoodData, digest: str, config: TrainingConfig) -> dict[str, object]:
+    """Say what a run trains on: name, digest (see `fingerprint`), source and counts."""
+    source = data.audit["source"].partition(" in ")[2]  # after what kind of data set it is
+    folders = [Path(source), *([config.custom_data_dir] if config.custom_data_dir else [])]
+    return {
+        "name": SAMPLE_NAME if config.sample else " + ".join(f.resolve().name for f in folders),
+        "digest": digest[:16],
+        "source": ", ".join(str(folder.resolve()) for folder in folders),
+        "classes": len(data.class_to_idx),
+        **{part: len(split) for part, split in zip(SPLITS, _splits(data), strict=True)},
+    }
 
 
 def write_manifest(run_dir: Path, data: FoodData) -> None:

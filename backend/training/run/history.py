@@ -37,6 +37,7 @@ class RunHistory:
     run_dir: str | None = None  # where the run's folder was when it was last started
     params: dict[str, Any] = field(default_factory=dict)
     system: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # what it trains on
     epochs: list[dict[str, Any]] = field(default_factory=list)
     end: dict[str, Any] | None = None  # None while the run lasts, or when it was killed
     last_time: int = 0  # milliseconds since 1970, as all times
@@ -61,7 +62,7 @@ class RunHistory:
         self.end = event if event["event"] == "end" else None
         if event["event"] == "start":
             self.tracking_uri, self.system = event["tracking_uri"], event["system"]
-            self.run_dir = event.get("run_dir")
+            self.run_dir, self.data = event.get("run_dir"), event.get("data") or self.data
             self.params = {**event["params"], **self.params}  # MLflow refuses a second value
 
     def points(self) -> list[tuple[str, float, int, int]]:

@@ -2,8 +2,7 @@
 
 What is stored already is asked of MLflow itself: the run is found by its tag, steps by the metric
 history, versions by the run, and the end time is set last. Storing twice, or after a crash at any
-point, stores nothing twice. Registered versions get no alias: which one is the champion is for
-people to say; the tag `food_model_version` tells which files a version is.
+point, stores nothing twice.
 """
 
 import contextlib
@@ -11,18 +10,28 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from training.errors import TrackingError
 from training.run.history import RunHistory
+from training.run.mlflow_package import write_package
+from training.run.mlflow_registry import (
+    VERSION_TAG,
+    create_once,
+    read_facts,
+    register,
+    set_aliases,
+    version_tags,
+)
 from training.run.mlflow_store import artifact_folder, local_folder, relocate_artifacts
 from training.uris import database_file
 
 RUN_TAG = "nutrilearn.run"
-PROVIDERS = ["CPUExecutionProvider"]
+DATA_TAGS = {"name": "dataset", "digest": "dataset_digest", "classes": "num_classes"}
+FACT_TAGS = {"git_commit": "mlflow.source.git.commit", "git_dirty": "mlflow.source.git.dirty"}
 SHARED_DISK_PAUSES = (0.0, 1.0, 3.0)  # seconds; such a disk may show new files late
 MLFLOW_ENVIRONMENT = {  # defaults only: what the user has set stands
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the mirror retries; 7 retries block for 246 s
@@ -31,11 +40,12 @@ MLFLOW_ENVIRONMENT = {  # defaults only: what the user has set stands
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_UV_AUTO_DETECT": "false",  # it copies a project of the current folder into the model
 }
 
 
 class MlflowRun:
-    """One run in MLflow. Only this module talks to MLflow."""
+    """One run in MLflow."""
 
     def __init__(self, client: Any, run: Any) -> None:
         self.client, self.run_id = client, run.info.run_id
@@ -53,13 +63,14 @@ class MlflowRun:
 
         uri, database: one SQLite file may have several URIs.
         """
-        client = _client(uri)
+        client = connect(uri)
         moved_from = relocate_artifacts(database) if database else None
         home = artifact_folder(uri, database)
         experiment = _experiment(client, history.start["experiment"], home)
         run = _find_run(client, experiment, history) or _create_run(client, experiment, history)
         opened = cls(client, run)
         opened._log_settings(history, known=run.data.params)
+        opened._log_data(history.data, known=run.inputs)
         if moved_from:
             opened.notes.append(f"the project moved, and with it the artifacts of {moved_from}")
         folder = local_folder(experiment.artifact_location)
@@ -87,10 +98,33 @@ class MlflowRun:
 
         texts = {_name(key): str(value)[:6000] for key, value in history.params.items()}
         params = [Param(key, value) for key, value in texts.items() if key not in known]
-        facts = history.system.items()
-        tags = [RunTag(f"system.{_name(key)}"[:250], str(value)[:8000]) for key, value in facts]
+        named = {FACT_TAGS.get(k, f"system.{_name(k)}"): v for k, v in history.system.items()}
+        named |= {name: texts[name] for name in ("model_name", "weights") if name in texts}
+        named |= {tag: history.data[key] for key, tag in DATA_TAGS.items() if key in history.data}
+        tags = [RunTag(key[:250], str(value)[:8000]) for key, value in named.items()]
         for i in range(0, max(len(params), len(tags)), 50):  # at most 100 of each, 1 MB together
             self.client.log_batch(self.run_id, params=params[i : i + 50], tags=tags[i : i + 50])
+
+    def _log_data(self, data: dict[str, Any], known: Any) -> None:
+        """Log what the run trains on as a data set of MLflow's."""
+        if not data or (known and known.dataset_inputs):
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kept = ("name", "digest", "source")
+        counts = {"num_rows": sum(data[split] for split in ("train", "val", "test"))}
+        counts |= {key: value for key, value in data.items() if key not in kept}
+        columns = [{"name": name, "type": "string", "required": True} for name in ("image", "dish")]
+        dataset = Dataset(
+            name=data["name"][:500],
+            digest=data["digest"],
+            source_type="local",
+            source=json.dumps({"uri": data["source"]}),
+            schema=json.dumps({"mlflow_colspec": columns}),
+            profile=json.dumps(counts),
+        )
+        context = InputTag("mlflow.data.context", "training")
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, [context])])
 
     def _log_metrics(self, points: list[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
@@ -126,8 +160,7 @@ class MlflowRun:
             self._check_deadline()
             self.client.log_artifact(self.run_id, str(path), folder)
         if end["model"] and not {*model["files"]} & {*missing}:
-            self._describe_onnx(end["model"])
-            self._register(model["name"], str(model["version"]))
+            self._register(end["model"], run_dir)
 
     def _may_lack_files(self) -> bool:
         """Whether the run may have ended in MLflow without its files."""
@@ -188,41 +221,39 @@ class MlflowRun:
                 return True
         return False
 
-    def _describe_onnx(self, model: dict[str, Any]) -> None:
-        """Add MLflow's own description, by which it loads `models:/NAME/VERSION`.
-
-        The model takes normalized images, float32 (N, 3, H, W).
-        """
-        plain = f"food_model_v{model['version']}.onnx"
-        if plain not in [Path(file).name for file in model["files"]]:
-            return
-        import mlflow
-
-        flavors = {
-            "onnx": {"data": plain, "providers": PROVIDERS},
-            "python_function": {"data": plain, "loader_module": "mlflow.onnx"},
-        }
-        about = {"run_id": self.run_id, "model_uuid": self.run_id, "artifact_path": "model"}
-        facts = about | {"mlflow_version": mlflow.__version__, "flavors": flavors}
-        self.client.log_text(self.run_id, json.dumps(facts, indent=1), "model/MLmodel")
-
-    def _register(self, name: str, version: str) -> None:
+    def _register(self, model: dict[str, Any], run_dir: Path) -> None:
+        """Register the version as a model of MLflow's, and let the aliases follow."""
+        name, version = model["name"], str(model["version"])
+        of_record = [f for f in model["files"] if Path(f).name == f"food_model_v{version}.json"]
+        record = read_facts(run_dir / of_record[0]) if of_record else None
+        if record:
+            self._log_package(record)
+        elif of_record:
+            self.notes.append(f"v{version} is stored as plain files: its record cannot be read")
         self._check_deadline()
-        known = self.client.search_model_versions(f"run_id = '{self.run_id}'")
-        if any(v.name == name and v.tags.get("food_model_version") == version for v in known):
-            return
-        _create_once(self.client.create_registered_model, name)
-        note = f"food_model_v{version}: a plain state_dict with its description beside it."
-        tags = {"food_model_version": version}
+        tags = version_tags(record) if record else {}
         source = f"{self._artifacts}/model"
-        self.client.create_model_version(name, source, self.run_id, tags, description=note)
+        register(self.client, name, version, source=source, run_id=self.run_id, tags=tags)
+        self.client.set_tag(self.run_id, VERSION_TAG, version)
+        if record:
+            set_aliases(self.client, name, (run_dir / of_record[0]).parent)
+
+    def _log_package(self, record: dict[str, Any]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "model")
+            write_package(folder, record, self.run_id)
+            for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+                self._check_deadline()
+                place = path.parent.relative_to(scratch).as_posix()
+                self.client.log_artifact(self.run_id, str(path), place)
 
     def _check_deadline(self) -> None:
         if time.monotonic() > self.deadline:
             raise TimeoutError("there was not enough time")
 
 
-def _client(uri: str) -> Any:
+def connect(uri: str) -> Any:
+    """Make a client that fails soon: who calls it tries again, or says so."""
     for key, value in MLFLOW_ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
@@ -242,7 +273,7 @@ def _experiment(client: Any, name: str, home: Path | None) -> Any:
     """Find or create it. home: where its artifacts go, which MLflow would put where it stands."""
     if client.get_experiment_by_name(name) is None:
         location = home.as_uri() if home else None
-        _create_once(client.create_experiment, name, artifact_location=location)
+        create_once(client.create_experiment, name, artifact_location=location)
     return client.get_experiment_by_name(name)
 
 
@@ -256,17 +287,6 @@ def _create_run(client: Any, experiment: Any, history: RunHistory) -> Any:
     start = history.start
     tags = {RUN_TAG: start["run"], "mlflow.source.name": "train_model.py"}
     return client.create_run(experiment.experiment_id, start["time"], tags, start["run_name"])
-
-
-def _create_once(create: Callable[..., object], name: str, **options: object) -> None:
-    """Create what may be there already: another run may have got there first."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        create(name, **options)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
 
 
 def _name(name: str) -> str:

@@ -13,7 +13,8 @@ from filelock import Timeout
 from app.ml.durable import file_lock
 from training.errors import TrackingError
 from training.run.history import RECORD_NAME, RunHistory
-from training.run.mlflow_run import MlflowRun
+from training.run.mlflow_registry import CONFIG_NAME, REGISTERED_NAME, read_facts, set_aliases
+from training.run.mlflow_run import MlflowRun, connect
 from training.run.mlflow_store import check_database
 from training.uris import HIDDEN, absolute_uri, database_file, sqlite_uri, without_password
 
@@ -93,6 +94,35 @@ class Sync:
         where = f"experiment {history.start['experiment']}, run {history.start['run_name']}"
         notes = f" ({'; '.join(run.notes)})" if run.notes else ""
         return SyncResult(True, f"MLflow is in sync: {where}{notes}")
+
+
+def sync_aliases(model_dir: Path, tracking_uri: str | None = None) -> SyncResult | None:
+    """Let the aliases in MLflow's registry follow the current version of a folder.
+
+    tracking_uri: replaces that of the run which made the version. None where MLflow was off.
+    """
+    training = (read_facts(model_dir / CONFIG_NAME) or {}).get("training", {})
+    uri = tracking_uri or training.get("tracking_uri")
+    if not uri or (training.get("no_mlflow") and not tracking_uri):
+        return None
+    try:
+        return SyncResult(True, f"MLflow: {_set_aliases(model_dir, absolute_uri(uri))}")
+    # As in `Sync.attempt`.
+    except Exception as error:
+        logger.debug("the aliases were not set", exc_info=True)
+        return out_of_sync(f"{uri}: {_root_cause(error)}; the aliases are as they were")
+
+
+def _set_aliases(model_dir: Path, uri: str) -> str:
+    if HIDDEN in uri:
+        raise TrackingError("its password is not kept; add --tracking_uri with it")
+    database = database_file(uri)
+    if database:
+        if not database.exists():
+            raise TrackingError(f"{database} does not exist; name the database with --tracking_uri")
+        check_database(database)
+    with _as_mlflow_reads(uri, database) as read:
+        return set_aliases(connect(read), REGISTERED_NAME, model_dir)
 
 
 def recorded_uri(history: RunHistory, run_dir: Path) -> str:

@@ -22,15 +22,17 @@ from app.ml.artifacts import ModelRecord, released_files
 from app.ml.durable import NOT_IMPLEMENTED, optional
 from training.compute.devices import system_facts
 from training.compute.distributed import Processes
-from training.config import TrainingConfig
+from training.config import REPOSITORY, TrainingConfig
+from training.data.manifest import describe
+from training.data.splits import FoodData
 from training.run.checkpoints import Checkpoint
+from training.run.git import git_facts
 from training.run.history import NOT_METRICS, RECORD_NAME, read_events
 from training.run.mlflow_mirror import MlflowMirror
+from training.run.mlflow_registry import REGISTERED_NAME
 from training.run.signals import Interrupted
 from training.run.state import Run
 from training.uris import absolute_uri, without_password
-
-REGISTERED_NAME = "nutrilearn-food"  # the model's name in MLflow's registry
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ class RunRecord:
         tracking_uri: str,
         params: dict[str, object],
         system: dict[str, object],
+        data: dict[str, object] | None = None,
     ) -> None:
         """Note one start of the trainer; a resumed run has several. Passwords are left out."""
         self._append(
@@ -79,6 +82,7 @@ class RunRecord:
             tracking_uri=without_password(absolute_uri(tracking_uri)),
             params=_plain(params),
             system=_plain(system),
+            data=_plain(data or {}),
         )
 
     def resumed(self, *, epoch: int, batch: int, history: list[dict[str, Any]]) -> None:
@@ -208,6 +212,7 @@ class RunEnd:
 def recording(
     run: Run,
     run_dir: Path,
+    data: FoodData,
     checkpoint: Checkpoint | None,
     device: torch.device,
     processes: Processes,
@@ -215,7 +220,7 @@ def recording(
     """Keep metrics.jsonl and its MLflow mirror while the run lasts, however it ends."""
     config = run.config
     record = RunRecord(run_dir if processes.is_main else None)
-    _note_start(record, run, checkpoint, device)
+    _note_start(record, run, data, checkpoint, device)
     mirrored = processes.is_main and not config.no_mlflow
     mirror = MlflowMirror.launch(run_dir, config.tracking_uri) if mirrored else MlflowMirror()
     end = RunEnd(record, config, run.progress.history)
@@ -231,10 +236,14 @@ def recording(
 
 
 def _note_start(
-    record: RunRecord, run: Run, checkpoint: Checkpoint | None, device: torch.device
+    record: RunRecord,
+    run: Run,
+    data: FoodData,
+    checkpoint: Checkpoint | None,
+    device: torch.device,
 ) -> None:
     config, progress = run.config, run.progress
-    system = system_facts(device, config.precision)
+    system = system_facts(device, config.precision) | git_facts(REPOSITORY)
     logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
     record.start(
         run_name=run.name,
@@ -242,6 +251,7 @@ def _note_start(
         tracking_uri=config.tracking_uri,
         params=config.to_dict(),
         system=system,
+        data=describe(data, run.data_fingerprint, config),
     )
     if checkpoint:
         at = (progress.epoch, progress.batch)

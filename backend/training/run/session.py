@@ -102,7 +102,9 @@ def session(
         checkpointer = Checkpointer(run, run_dir, processes, checkpoint)
         stack.enter_context(contextlib.closing(checkpointer))
         with contextlib.ExitStack() as closing:
-            end = closing.enter_context(recording(run, run_dir, checkpoint, device, processes))
+            end = closing.enter_context(
+                recording(run, run_dir, data, checkpoint, device, processes)
+            )
             for source in sources:
                 closing.callback(source.close)
             keeper = Session(checkpointer, end, sources, closing)

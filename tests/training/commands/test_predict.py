@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tests.app.ml.test_predictor import answering
 from tests.repository.test_structure import in_fresh_process
@@ -23,8 +25,8 @@ import train_model
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from training.commands import cli
 from training.commands import predict as predicting
+from training.commands.predict import Shard, predict_paths, predictions
 from training.commands.predict import find_images as find_and_audit
-from training.commands.predict import predict_paths, predictions
 from training.data.folders import Audit
 from training.errors import DataError
 
@@ -79,6 +81,70 @@ def predict(model: FoodPredictor, *paths: str, top_k: int = 2) -> int:
 def rows(path: str = "predictions.csv") -> list[dict[str, str]]:
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--predict", "photos", "--shard", "8/8"], "8/8: must be I/N with I from 0 to N-1"),
+        (["--predict", "photos", "--shard", "-1/8"], "--shard"),
+        (["--predict", "photos", "--shard", "3"], "3: must be I/N"),
+        (["--shard", "0/8"], "--shard 0/8: goes with --predict"),
+    ],
+)
+def test_a_share_that_is_none_is_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train_model.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+# Shares ---------------------------------------------------------------------------------------
+
+
+NAMES = st.sets(st.text("ab/é.", min_size=1, max_size=9), max_size=20)
+
+
+@given(NAMES, st.integers(1, 9), NAMES)
+def test_each_picture_is_in_one_share_whatever_else_there_is(
+    names: set[str], count: int, more: set[str]
+) -> None:
+    shares = [{name for name in names if Shard(i, count).holds(name)} for i in range(count)]
+    assert sorted(name for share in shares for name in share) == sorted(names)
+    for i, share in enumerate(shares):
+        assert {name for name in names | more if Shard(i, count).holds(name)} >= share
+
+
+def test_shares_are_about_equal_and_the_same_on_every_machine() -> None:
+    names = [f"lunch/{number}.jpg" for number in range(8_000)]
+    sizes = [sum(Shard(i, 8).holds(name) for name in names) for i in range(8)]
+    assert min(sizes) > 900 and max(sizes) < 1_100
+    assert [i for i in range(8) if Shard(i, 8).holds("lunch/0.jpg")] == [0]
+    assert [i for i in range(8) if Shard(i, 8).holds(os.path.join("lunch", "0.jpg"))] == [0]
+
+
+def test_shares_have_tables_that_together_are_the_whole(model: FoodPredictor, photos: Path) -> None:
+    assert predict(model, str(photos)) == 0
+    whole = {row["file"].removeprefix("photos/"): row for row in rows()}
+    found: dict[str, dict[str, str]] = {}
+    mounts = ["photos", "mnt/photos"]
+    Path("mnt").mkdir()
+    Path("mnt", "photos").symlink_to(Path("photos").absolute())
+    count = 12  # more than there are pictures: some shares are empty
+    for i in range(count):
+        folder = mounts[i % 2]
+        options = {"top_k": 2, "device": CPU, "num_workers": 2}
+        code = predict_paths(model, [folder], **options, shard=Shard(i, count))
+        table = rows(f"predictions-{i}-of-{count}.csv")
+        assert code == (1 if table and all(row["error"] for row in table) else 0)
+        for row in table:
+            name = row["file"].removeprefix(f"{folder}/")
+            assert name not in found
+            found[name] = row
+    assert {name: row["class_1"] for name, row in found.items()} == {
+        name: row["class_1"] for name, row in whole.items()
+    }
 
 
 # Folders --------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Syncing MLflow with a record: everything arrives, once, where people look for it."""
 
 import contextlib
-import functools
+import json
 import math
 import os
 import shutil
@@ -12,7 +12,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,6 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow.*"),
 ]
 
+DATA = {"name": "food-101", "digest": "0123abcd", "source": "/photos/food-101", "classes": 3}
+DATA |= {"train": 8, "val": 2, "test": 5}
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
 
@@ -100,7 +101,8 @@ def test_a_finished_run_is_mirrored_whole_and_only_once(store: str, tmp_path: Pa
     files = [run_dir / name for name in names]
     model = {"name": "nutrilearn-food", "version": 7, "files": files}
     ended(record, model=model, files=[*files, run_dir / "report.html", run_dir / "gone.png"])
-    assert "(skipped, not found: gone.png)" in bring_in_sync(run_dir)
+    message = bring_in_sync(run_dir)
+    assert "(skipped, not found: gone.png; v7 is stored as plain files: its record" in message
     first = the_run(store, run_dir)
     assert "gone.png" not in bring_in_sync(run_dir), "the second time there is nothing to do"
     assert_in_sync(store, run_dir, epochs=2)
@@ -120,42 +122,40 @@ def test_a_finished_run_is_mirrored_whole_and_only_once(store: str, tmp_path: Pa
     assert got == {f"model/{name}": len(name) for name in names}
 
 
-@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred")  # MLflow's own
-def test_a_registered_version_is_loaded_by_its_name(
-    store: str, tmp_path: Path, request: pytest.FixtureRequest
+def test_what_a_run_trains_on_and_with_which_code_is_there_to_filter_by(
+    store: str, tmp_path: Path
 ) -> None:
-    import mlflow
-    import onnx
-    from onnx import TensorProto, helper
+    from mlflow import MlflowClient
 
-    shape = ["N", 3, 8, 8]
-    given, mean = (helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in "xy")
-    node = helper.make_node("GlobalAveragePool", ["x"], ["y"])
-    graph = helper.make_graph([node], "mean", [given], [mean])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    run_dir = tmp_path / "run"
-    record = started(run_dir, store)
-    files = [run_dir / "food_model_v7.onnx", run_dir / "food_model_v7.pth"]
-    onnx.save(model, files[0])
-    files[1].write_text("weights")
-    ended(record, files=files, model={"name": "nutrilearn-food", "version": 7, "files": files})
-    bring_in_sync(run_dir)
-    # MLflow remembers for the whole process what another test has told it.
-    for name in ("tracking", "registry"):
-        before = getattr(mlflow, f"get_{name}_uri")()
-        request.addfinalizer(functools.partial(getattr(mlflow, f"set_{name}_uri"), before))
-        getattr(mlflow, f"set_{name}_uri")(store)
-    loaded = mlflow.pyfunc.load_model("models:/nutrilearn-food/1")
-    images = np.full((2, 3, 8, 8), 0.5, np.float32)
-    assert loaded.predict(images)["y"].ravel() == pytest.approx([0.5] * 6)
+    git = {"git_commit": "0" * 40, "git_dirty": "true"}
+    params = {"model_name": "mobilenet_v2", "weights": "imagenet"}
+    started(tmp_path / "run", store, data=DATA, params=params, system={"cpus": 2, **git})
+    bring_in_sync(tmp_path / "run")
+    bring_in_sync(tmp_path / "run")
+    client = MlflowClient(store, store)
+    (experiment,) = client.search_experiments(filter_string="name = 'tests'")
+    (run,) = client.search_runs(
+        [experiment.experiment_id],
+        "tags.model_name = 'mobilenet_v2' and tags.dataset_digest = '0123abcd' "
+        "and tags.num_classes = '3' and dataset.name = 'food-101'",
+    )
+    assert run.data.tags["mlflow.source.git.commit"] == "0" * 40
+    assert run.data.tags["mlflow.source.git.dirty"] == "true"
+    assert run.data.tags["system.cpus"] == "2"
+    (logged,) = run.inputs.dataset_inputs
+    assert json.loads(logged.dataset.source) == {"uri": "/photos/food-101"}
+    counts = {"num_rows": 15, "classes": 3, "train": 8, "val": 2, "test": 5}
+    assert json.loads(logged.dataset.profile) == counts
 
 
 WRITING = {
     "create_run": 1,
     "log_batch": 2,
+    "log_inputs": 1,
     "log_artifact": 1,
     "create_registered_model": 1,
     "create_model_version": 1,
+    "set_tag": 1,
     "set_terminated": 1,
 }
 
@@ -184,7 +184,7 @@ def test_a_failure_in_any_call_loses_nothing_and_stores_nothing_twice(
         return call_and_fail
 
     run_dir = tmp_path / "run"
-    record = started(run_dir, shared_store)
+    record = started(run_dir, shared_store, data=DATA)
     for epoch in (1, 2):
         record.epoch(epoch_metrics(epoch))
     (run_dir / "model.pth").write_text("weights")
@@ -202,6 +202,7 @@ def test_a_failure_in_any_call_loses_nothing_and_stores_nothing_twice(
     assert set(sent.values()) == {1}, "SQL stores drop repeated points, other servers keep them"
     client = MlflowClient(shared_store, shared_store)
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
+    assert len(the_run(shared_store, run_dir).inputs.dataset_inputs) == 1
 
 
 def test_a_removed_database_is_filled_again(template: Path, store: str, tmp_path: Path) -> None:
