@@ -177,6 +177,7 @@ def in_fresh_process(code: str, cwd: Path) -> str:
 
 # tqdm is not here as PyTorch itself imports it.
 NOT_AT_IMPORT = {"mlflow", "matplotlib", "seaborn", "sklearn", "training", "timm", "onnxruntime"}
+NOT_AT_IMPORT |= {"pandas"}
 # Imported first and in this order, each with what is not there yet once it is.
 ABSENT = {
     "app.ml.predictor": NOT_AT_IMPORT | {"fastapi", "pydantic", "app.settings"},
