@@ -54,7 +54,7 @@ def export_version(model_dir: Path, version: int, format: str) -> Path:
             ) from (error)
         sizes = [size_of(file.path) for file in files]
     for file, size in zip(files, sizes, strict=True):
-        logger.info("%s, %.1f MB: %s", file.path.name, size / 1e6, compared(file))
+        logger.info("%s, %.1f MB: %s", file.path.name, size / 1e6, file.finding)
     return folder
 
 
@@ -76,9 +76,3 @@ def size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
     return sum(file.stat().st_size for file in files)
-
-
-def compared(file: Exported) -> str:
-    if file.difference is None:
-        return "holds the weights of the version; not run, as its runtime is not here"
-    return f"answers differ by up to {file.difference:.2g} from those of the version"

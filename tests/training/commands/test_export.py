@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -219,8 +220,10 @@ def test_litert_answers_as_the_version_does(tmp_path: Path) -> None:
 @pytest.mark.skipif(
     not importlib.util.find_spec("coremltools"), reason="needs pip install coremltools"
 )
-def test_core_ml_holds_the_weights_and_the_labels(tmp_path: Path) -> None:
-    assert "holds the weights of the version" in run_export(tmp_path, "coreml", "mobilenet_v2")
+@pytest.mark.parametrize("model_name", ["mobilenet_v2", "timm/test_resnet"])
+def test_core_ml_holds_the_weights_and_the_labels(model_name: str, tmp_path: Path) -> None:
+    said = re.search(r"(\d+) of (\d+) constants", run_export(tmp_path, "coreml", model_name))
+    assert said and int(said[1]) >= 0.9 * int(said[2]) > 20
     file = tmp_path / EXPORTS / "v1-coreml" / "food_model_v1.mlpackage"
     code = """if True:
         import coremltools, json, sys
