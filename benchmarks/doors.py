@@ -6,19 +6,22 @@
 Each door answers the test photos of a folder in the layout of Food-101, in a process of its own, on
 one thread. Start-up is from the start of that process to its first answer. The difference is the
 largest one of any class's probability from that of the plain network. A new door is a function in
-DOORS.
+DOORS. Those of LiteRT and the browser ask files that --export wrote; the browser needs Chromium
+and, in the folder of the files for ONNX, `npm install onnxruntime-web`.
 """
 
 import argparse
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +36,8 @@ Answers = list[dict[str, float]]  # class -> probability, a photo each
 Ask = Callable[[list[str]], Answers]
 PLAIN = "plain"
 LAST = "answers.json"
+EXPORTS = "exports"
+REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER_SECONDS = 300
 
 
@@ -139,6 +144,76 @@ def spark(folder: Path) -> Iterator[Ask]:
     session.stop()
 
 
+# The files that --export wrote ---------------------------------------------------------------
+
+
+def exported(folder: Path, format: str, suffix: str) -> Path:
+    """Find an exported file of the current version, which `registered_copy` links beside it."""
+    version = read_record(folder).version
+    return folder / EXPORTS / f"v{version}-{format}" / f"food_model_v{version}{suffix}"
+
+
+@contextmanager
+def litert(folder: Path, suffix: str) -> Iterator[Ask]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    from app.ml.preprocessing import EvalTransform, load_image
+
+    record = read_record(folder)
+    transform = EvalTransform(record.preprocessing)
+    path = exported(folder, "litert", suffix)
+    run = Interpreter(str(path), num_threads=1).get_signature_runner()
+
+    def ask(photos: list[str]) -> Answers:
+        images = (transform(load_image(photo)).permute(1, 2, 0).numpy() for photo in photos)
+        answers = (run(image=image[None])["probabilities"][0].tolist() for image in images)
+        return [dict(zip(record.classes, answer, strict=True)) for answer in answers]
+
+    yield ask
+
+
+@contextmanager
+def browser(folder: Path, suffix: str) -> Iterator[Ask]:
+    """The lines of docs/exports.md in Chromium, which also decodes and scales the photos."""
+    from playwright.sync_api import sync_playwright
+
+    path, classes = exported(folder, "onnx", suffix), read_record(folder).classes
+    text = (REPOSITORY / "docs" / "exports.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"^```js\n(.*?)^```", text, re.M | re.S)
+    program = program.replace("food_model_v3.int8.onnx", path.name)
+    page = f"<script type=module>{program} window.answer = answer;</script>"
+
+    def reply(route: Any) -> None:
+        name = urllib.parse.urlsplit(route.request.url).path.removeprefix("/")
+        if name:
+            route.fulfill(path=path.parent / name)
+        else:
+            route.fulfill(body=page, content_type="text/html")
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"))
+        tab = chromium.new_page()
+        tab.route("**/*", reply)
+        tab.goto("http://127.0.0.1/")
+        tab.wait_for_function("!!window.answer")
+
+        def ask(photos: list[str]) -> Answers:
+            answers = []
+            for photo in photos:
+                data = base64.b64encode(Path(photo).read_bytes()).decode()
+                answers.append(dict(zip(classes, tab.evaluate(ANSWER, data), strict=True)))
+            return answers
+
+        yield ask
+        chromium.close()
+
+
+ANSWER = """async (data) => {
+    const photo = await (await fetch("data:image/jpeg;base64," + data)).blob();
+    return (await answer(photo)).probabilities;
+}"""
+
+
 def as_answer(top_predictions: Any) -> dict[str, float]:
     return {one["class_name"]: one["confidence"] for one in top_predictions}
 
@@ -155,6 +230,10 @@ DOORS: dict[str, Door] = {
     "pyfunc": pyfunc,
     "models serve": served,
     "spark": spark,
+    "litert": lambda folder: litert(folder, ".tflite"),
+    "litert fp16": lambda folder: litert(folder, ".fp16.tflite"),
+    "browser": lambda folder: browser(folder, ".onnx"),
+    "browser int8": lambda folder: browser(folder, ".int8.onnx"),
 }
 
 
@@ -204,6 +283,7 @@ def registered_copy(model_dir: Path, scratch: Path) -> Path:
     write_package(folder, json.loads(record.to_json()), run_id="none")
     for file in released_files(model_dir, record):
         shutil.copy(file, folder)
+    (folder / EXPORTS).symlink_to((model_dir / EXPORTS).resolve())
     return folder
 
 
