@@ -285,7 +285,8 @@ def speed(options: argparse.Namespace, photos: list[bytes]) -> None:
         other = minimal(options.model_dir)
     else:
         backend = options.against / "backend"
-        other = nutrilearn(options.model_dir, backend=backend, name="other copy")
+        models = options.against_models or options.model_dir
+        other = nutrilearn(models.resolve(), backend=backend, name="other copy")
     with nutrilearn(options.model_dir) as ours, other as theirs:
         print(f"start to ready: {ours.seconds_to_ready:.1f} s")
         print(f"{'clients':>7} {'server':<11} {'req/s':>7} {'p50':>7} {'p95':>7} {'p99':>7}  ms")
@@ -520,6 +521,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--model_dir", type=Path, default=ROOT / "ml-models")
     parser.add_argument("--against", type=Path, default=ROOT, help="another copy to compare with")
+    parser.add_argument("--against_models", type=Path, help="its models, if it cannot read ours")
     parser.add_argument("--photos", type=Path, help="folder of JPEGs; default: drawn ones")
     parser.add_argument("--seconds", type=float, default=10, help="of one round")
     parser.add_argument("--rounds", type=int, default=3)
