@@ -10,6 +10,8 @@
         what the newest model sees; for a folder, a table in predictions.csv
     python backend/train_model.py --compare v1 v2
         how two versions differ on the same test images
+    python backend/train_model.py --audit
+        photos whose labels look wrong, on a page to correct them in; --labels applies what it saves
     python backend/train_model.py --promote v2
         makes v2 the version that is served from now on
 
@@ -367,10 +369,11 @@ def build_run(
 
 def load_data(config: TrainingConfig) -> FoodData:
     """List the images, drawing the sample first if it is asked for."""
-    data_dir = draw_sample(config.data_dir / "sample") if config.sample else config.data_dir
+    data_dir = draw_sample(config.source_dir) if config.sample else config.source_dir
     data = load_food_data(
         data_dir,
         custom_data_dir=config.custom_data_dir,
+        labels=config.labels,
         classes=config.classes,
         images_per_class=config.images_per_class,
         train_split=config.train_split,
@@ -456,7 +459,7 @@ def dry_run(config: TrainingConfig, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command_line(argv, __doc__, train, dry_run)
+    return run_command_line(argv, __doc__, load_data, train, dry_run)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,8 @@ class TrainingConfig:
         "data", False, SWITCH, "train on a small set of drawn plates: no download")
     custom_data_dir: Path | None = setting(
         "data", None, PATH, "class folders of your own dishes to merge in")
+    labels: Path | None = setting(  # compared by what it says, with the run's lists of images
+        "data", None, PATH, "CSV of corrected labels, as the page of --audit saves it")
     classes: tuple[str, ...] | None = pinned(
         "data", None, CLASSES, "train on these classes only: a,b,c")
     images_per_class: int | None = pinned(
@@ -225,6 +227,11 @@ class TrainingConfig:
     def is_pretrained(self) -> bool:
         """Whether the network starts from weights that are worth protecting."""
         return self.weights != "none"
+
+    @property
+    def source_dir(self) -> Path:
+        """The folder of the data set: with --sample, that of the drawn plates."""
+        return self.data_dir / "sample" if self.sample else self.data_dir
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -34,6 +34,7 @@ BAD: dict[str, list[str]] = {
     "freeze_layers": ["-1", "2.5", "some", ""],
     "data_dir": ["", " ", "~nobody-of-this-name/x"],
     "custom_data_dir": ["", "~nobody-of-this-name"],
+    "labels": ["", "~nobody-of-this-name"],
     "classes": ["", "samosa", ",", "samosa,"],
     "images_per_class": ["0", "4", "-1", "all", ""],
     "train_split": SHARE,
@@ -66,6 +67,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "freeze_layers": {"0": 0, "all": "all", "19": 19},
     "data_dir": {"photos": Path("photos"), "~/photos": Path("~/photos").expanduser()},
     "custom_data_dir": {"dishes": Path("dishes")},
+    "labels": {"labels.csv": Path("labels.csv")},
     "classes": {"samosa, pizza": ("samosa", "pizza")},
     "images_per_class": {"5": 5},
     "train_split": {"0.5": 0.5},
@@ -281,7 +283,7 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     free = {"epochs", "early_stopping_patience", "num_workers", "cache_images", "device"}
     free |= {"resume", "dry_run", "no_mlflow", "experiment_name", "tracking_uri", "data_dir"}
     free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir", "runs", "no_promote"}
-    free |= {"custom_data_dir"}  # the list of images tells data apart
+    free |= {"custom_data_dir", "labels"}  # the list of images tells data apart
     recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
     recipe |= {"train_crop", "test_resize", "test_crop", "split_seed"}
     assert exact.keys() == (FIELDS.keys() | recipe) - free

@@ -12,6 +12,7 @@ from app.ml.artifacts import ArtifactError, ModelRecord
 from app.ml.model import WeightsError
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import ImageError
+from training.commands.audit import audit_labels
 from training.commands.average import Train, average_versions, train_and_average
 from training.commands.compare import compare_versions
 from training.commands.console import log_release
@@ -26,6 +27,7 @@ from training.config import (
     flag_names,
     make_parser,
 )
+from training.data.splits import FoodData
 from training.errors import ConfigError, ReleaseError, TrainingError
 from training.run.mlflow_sync import sync, sync_aliases
 from training.run.signals import Interrupted
@@ -39,10 +41,15 @@ KNOWN_ERRORS = (TrainingError, ArtifactError, WeightsError, ImageError, OSError)
 logger = logging.getLogger(__name__)
 
 DryRun = Callable[[TrainingConfig, str], None]
+LoadData = Callable[[TrainingConfig], FoodData]
 
 
 def run_command_line(
-    argv: Sequence[str] | None, description: str | None, train: Train, dry_run: DryRun
+    argv: Sequence[str] | None,
+    description: str | None,
+    load_data: LoadData,
+    train: Train,
+    dry_run: DryRun,
 ) -> int:
     """Do what the arguments ask for.
 
@@ -56,6 +63,9 @@ def run_command_line(
     try:
         config = config_from_args(options)
         check_options(options)
+        if options.audit:
+            logger.info("audit    %s", audit_labels(config, load_data(config)))
+            return 0
         return run_command(options, config, shown([*script, *arguments]), train, dry_run)
     except ConfigError as error:
         parser.error(without_password(str(error)))
@@ -148,6 +158,11 @@ def make_cli(description: str | None) -> argparse.ArgumentParser:
         help="how the second version differs from the first on the test images of both",
     )
     using.add_argument(
+        "--audit",
+        action="store_true",
+        help="list the photos whose labels look wrong, to correct them in a page",
+    )
+    using.add_argument(
         "--promote",
         type=version_number,
         metavar="VERSION",
@@ -186,8 +201,8 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
     if options.shard and not options.predict:
         raise ConfigError(f"--shard {options.shard}: goes with --predict")
-    commands = ("predict", "compare", "promote", "average", "export")
-    asked = [f"--{name}" for name in commands if getattr(options, name) is not None]
+    commands = ("predict", "compare", "audit", "promote", "average", "export")
+    asked = [f"--{name}" for name in commands if getattr(options, name) not in (None, False)]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)}: one at a time")
     if (options.export is None) != (options.format is None):

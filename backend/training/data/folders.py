@@ -3,6 +3,7 @@
 Nothing is opened here, except that a file whose name has no ending is known by its first bytes.
 """
 
+import difflib
 import errno
 import os
 import re
@@ -92,6 +93,12 @@ def join_names(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def with_close_matches(name: str, known: Iterable[str]) -> str:
+    """Name a class that there is not, with those that may be meant."""
+    close = difflib.get_close_matches(normalize_class_name(name), list(known))
+    return f"{name} (did you mean {' or '.join(close)}?)" if close else name
 
 
 def list_folder(folder: Path) -> list["os.DirEntry[str]"]:

@@ -109,10 +109,18 @@ def what_is_new(now: FoodData, then: FoodData) -> list[str]:
     if now.class_to_idx != then.class_to_idx:
         changed = sorted(now.class_to_idx.keys() ^ then.class_to_idx.keys())
         return [f"the classes differ ({', '.join(changed)})"]
+    if labels_of(now) != labels_of(then):
+        return ["the labels differ (--labels)"]
     # Over all splits: where the data has no test split, one image less shifts the splits.
     known = {_place(path) for split in _splits(then) for path in split.paths}
     new = [p for split in _splits(now) for p in split.paths if _place(p) not in known]
     return [f"{len(new)} new images, e.g. {new[0]}"] if new else []
+
+
+def labels_of(data: FoodData) -> str | None:
+    """Return the digest of what the file of labels said; None without one."""
+    labels = data.audit.get("labels")
+    return labels["sha256"] if labels else None
 
 
 def _found_again(before: Split, after: Split, unique: Mapping[tuple[str, str], str]) -> Split:

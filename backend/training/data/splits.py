@@ -8,7 +8,6 @@ How a class is split follows from the seed and its own file names alone: adding 
 folders in another order, moves no image of another class.
 """
 
-import difflib
 import hashlib
 import os
 import sys
@@ -27,7 +26,9 @@ from training.data.folders import (
     ImagesByClass,
     is_archive,
     join_names,
+    with_close_matches,
 )
+from training.data.labels import apply_labels, describe_labels
 from training.data.sources import Source, load_custom, load_source
 from training.errors import DataError
 
@@ -68,6 +69,7 @@ def load_food_data(
     data_dir: Path,
     *,
     custom_data_dir: Path | None = None,
+    labels: Path | None = None,
     classes: Sequence[str] | None = None,
     images_per_class: int | None = None,
     train_split: float = 0.8,
@@ -80,6 +82,9 @@ def load_food_data(
     aside for the test first. images_per_class keeps the first N of each class's shuffled training
     images, validation included, and at most N of a given validation or test split.
 
+    labels: a file of corrected labels, see `training.data.labels`; it moves no photo between the
+    splits.
+
     Raises:
         DataError: for everything that is wrong with the data or the request.
     """
@@ -87,12 +92,16 @@ def load_food_data(
     audit = Audit()
     with _saying_what_was_skipped(audit):
         source, custom = _load(data_dir, custom_data_dir, audit)
+        known = source.train.keys() | custom.keys()
         if classes:
             _select_classes(classes, source, custom, audit)
         _skip_small_classes(source, custom, audit, may_skip=not classes)
         _check_enough(source, custom)
     class_to_idx = build_class_to_idx(source.train, custom)
     parts = split_images(source, custom, 1 - train_split, images_per_class, seed)
+    corrected = None
+    if labels:
+        parts, corrected = apply_labels(labels, parts, folders_of(data_dir, custom_data_dir), known)
     splits = {split: _as_split(images, class_to_idx) for split, images in parts.items()}
     record: dict[str, Any] = {
         "source": source.name,
@@ -102,8 +111,16 @@ def load_food_data(
         "duplicates": find_duplicates(splits),
         "custom": _describe_merge(source, custom),
     }
+    if corrected:
+        record["labels"] = corrected
     notes = [*audit.notes, *_describe(record), *audit.describe_skipped(), *_merge_table(record)]
     return FoodData(class_to_idx, **splits, notes=notes, audit=record)
+
+
+def folders_of(data_dir: Path, custom_data_dir: Path | None) -> list[Path]:
+    """Return the folders to which the paths in a file of labels are relative."""
+    folders = [data_dir] if custom_data_dir is None else [data_dir, custom_data_dir]
+    return [_real(folder) for folder in folders]
 
 
 def build_class_to_idx(base: Iterable[str], custom: Iterable[str]) -> dict[str, int]:
@@ -152,7 +169,7 @@ def _load(
 @contextmanager
 def _naming(flag: str, folder: Path) -> Iterator[Path]:
     """Give the absolute path of a folder; an OSError becomes a DataError that names the flag."""
-    path = Path(os.path.realpath(Path(folder).expanduser()))  # never raises, as resolve() may
+    path = _real(folder)
     try:
         if path.is_file():
             remedy = "unpack it and give the folder" if is_archive(path.name) else "give a folder"
@@ -165,6 +182,10 @@ def _naming(flag: str, folder: Path) -> Iterator[Path]:
         ) from error
 
 
+def _real(folder: Path) -> Path:
+    return Path(os.path.realpath(Path(folder).expanduser()))  # never raises, as resolve() may
+
+
 # Choosing classes -----------------------------------------------------------------------------
 
 
@@ -175,16 +196,11 @@ def _select_classes(
     known = build_class_to_idx(source.train, custom)
     keep = {normalize_class_name(name): name for name in wanted}
     if unknown := [name for key, name in keep.items() if key not in known]:
-        hints = ", ".join(_with_close_matches(name, known) for name in unknown)
+        hints = ", ".join(with_close_matches(name, known) for name in unknown)
         raise DataError(f"no such class: {hints}; the data has {len(known)} classes, see --classes")
     if dropped := sorted(custom.keys() - keep.keys()):
         audit.notes.append(f"custom classes that --classes leaves out: {join_names(dropped)}")
     _drop_classes(set(known) - keep.keys(), source, custom)
-
-
-def _with_close_matches(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(normalize_class_name(name), list(known))
-    return f"{name} (did you mean {' or '.join(close)}?)" if close else name
 
 
 def _drop_classes(names: Iterable[str], source: Source, custom: ImagesByClass) -> None:
@@ -362,6 +378,8 @@ def _describe(record: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"warning: pictures in more than one split: {len(duplicates):,}, such as {first}"
         )
+    if "labels" in record:
+        notes += describe_labels(record["labels"])
     return notes
 
 

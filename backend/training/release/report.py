@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from app.ml.preprocessing import ImageError, load_image
 from training.release.calibration import VerdictShare
@@ -167,9 +167,13 @@ def with_thumbnail(row: Mapping[str, Any]) -> dict[str, Any]:
 def _thumbnail(file: str) -> str | None:
     """Encode the image's square center, about what the network sees, as a data URI."""
     try:
-        image = ImageOps.fit(load_image(file), (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+        return data_uri(ImageOps.fit(load_image(file), (THUMBNAIL_SIZE, THUMBNAIL_SIZE)))
     except (ImageError, OSError):  # moved or deleted since the test: the page says so
         return None
+
+
+def data_uri(image: Image.Image) -> str:
+    """Encode a picture so that a page can hold it."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -13,7 +13,14 @@ from app.ml.artifacts import list_versions
 from app.ml.durable import FolderError, file_lock, write_durably
 from app.ml.model import imagenet_sizes_of
 from training.config import TrainingConfig, differences
-from training.data.manifest import data_of_run, fingerprint, read_manifest, what_is_new
+from training.data.labels import digest, read_labels
+from training.data.manifest import (
+    data_of_run,
+    fingerprint,
+    labels_of,
+    read_manifest,
+    what_is_new,
+)
 from training.data.splits import FoodData
 from training.errors import CheckpointError
 from training.run.checkpoints import Checkpoint, load_checkpoint, newest_checkpoint, run_folders
@@ -146,8 +153,16 @@ def _is_finished(run_dir: Path, config: TrainingConfig) -> bool:
 def finished_version(config: TrainingConfig) -> int | None:
     """Find the version that a finished run with these settings was released as, if it is there."""
 
-    def other_settings(_run_dir: Path, state: dict[str, Any]) -> str | None:
-        return "; ".join(differences(config.exact_settings(), _settings_of(state, config))) or None
+    labels = digest(read_labels(config.labels)) if config.labels else None
+
+    def other_settings(run_dir: Path, state: dict[str, Any]) -> str | None:
+        reasons = differences(config.exact_settings(), _settings_of(state, config))
+        try:
+            if labels_of(read_manifest(run_dir)) != labels:
+                reasons.append("the labels differ")
+        except CheckpointError as error:
+            reasons.append(str(error))
+        return "; ".join(reasons) or None
 
     released = list_versions(config.output_dir)
     for run_dir in run_folders(config.checkpoint_dir):
