@@ -145,6 +145,8 @@ def follow(run_dir: Path, tracking_uri: str) -> SyncResult:
             result = sync.attempt(deadline=math.inf, over=False)
             logger.info(result.message)
             if result.in_sync:
+                if not mirrored:
+                    sync.prepare()
                 mirrored, pause = size, RETRY_SECONDS[0]
             else:
                 next_try = time.monotonic() + pause

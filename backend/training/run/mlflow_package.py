@@ -52,6 +52,15 @@ def write_package(folder: Path, record: dict[str, Any], run_id: str) -> None:
         )
 
 
+def warm_up() -> None:
+    """Write a package for nothing: the first one in a process takes seconds.
+
+    MLflow looks through all installed packages for it. While training runs nobody waits for that.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        write_package(Path(scratch, "model"), {"version": 0, "sha256": {}}, run_id="")
+
+
 def write_code(folder: Path) -> Path:
     """Copy `app.ml` to a package named after what is in it; return the package's folder."""
     files = sorted(CORE.glob("*.py"))

@@ -13,6 +13,7 @@ from filelock import Timeout
 from app.ml.durable import file_lock
 from training.errors import TrackingError
 from training.run.history import RECORD_NAME, RunHistory
+from training.run.mlflow_package import warm_up
 from training.run.mlflow_registry import CONFIG_NAME, REGISTERED_NAME, read_facts, set_aliases
 from training.run.mlflow_run import MlflowRun, connect
 from training.run.mlflow_store import check_database
@@ -78,6 +79,13 @@ class Sync:
             self._run = None
             where = self._uri or str(self.run_dir / RECORD_NAME)
             return out_of_sync(f"{where}: {_root_cause(error)}")
+
+    def prepare(self) -> None:
+        """Do in advance what the end of the run needs; a failure there is told there."""
+        try:
+            warm_up()
+        except Exception:
+            logger.debug("MLflow could not be prepared", exc_info=True)
 
     def _sync(self, history: RunHistory, deadline: float, over: bool) -> SyncResult:
         self._uri = absolute_uri(self._given_uri or recorded_uri(history, self.run_dir))

@@ -87,9 +87,12 @@ def test_a_mean_is_released_like_any_version_and_names_its_parents(
 ) -> None:
     caplog.set_level(logging.INFO)
     models, command = folder / "models", flags(photos, folder, weights, "--average", "v2", "1")
+    tracked = [word for word in command if word != "--no_mlflow"]
+    tracked += ["--tracking_uri", "sqlite:////no/such.db"]
     for _ in range(2):  # the second finds what the first made
         monkeypatch.setattr(average, "validate", means_are(worse=False))
-        assert train_model.main(command) == 0
+        assert train_model.main(tracked) == 0
+        assert "/no/such.db does not exist" in caplog.text, "the aliases should follow"
         assert list_versions(models) == [1, 2, 3]
     record = read_record(models)
     assert record.version == 3 and record.training["parents"] == [2, 1]
