@@ -45,7 +45,7 @@ def quick_release(
     (folder / "food_model_v1.pth").write_bytes(state_bytes(weights))
     metrics = {"test_top1": 1.0, "test_top1_ci95": (0.9, 1.0), "test_top5": 1.0, "test_images": 9}
     metrics |= {"test_balanced_accuracy": 1.0, "best_epoch": result.best_epoch}
-    return SimpleNamespace(version=1, metrics=metrics, sha256={})
+    return SimpleNamespace(version=1, metrics=metrics, sha256={}, training={})
 
 
 def release_quickly() -> None:
