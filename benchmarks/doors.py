@@ -232,6 +232,7 @@ DOORS: dict[str, Door] = {
     "spark": spark,
     "litert": lambda folder: litert(folder, ".tflite"),
     "litert fp16": lambda folder: litert(folder, ".fp16.tflite"),
+    "litert int8": lambda folder: litert(folder, ".int8.tflite"),
     "browser": lambda folder: browser(folder, ".onnx"),
     "browser int8": lambda folder: browser(folder, ".int8.onnx"),
 }

@@ -48,6 +48,7 @@ def release_model(
     decision: Decision | None = None,
     model: nn.Module | None = None,
     metrics: dict[str, Any] | None = None,
+    run: str = "",
 ) -> ModelRecord:
     """Release a network, with random weights if none is given, as a run would a trained one."""
     torch.manual_seed(seed)
@@ -58,7 +59,11 @@ def release_model(
         version.write(WEIGHTS, state_bytes(model.state_dict()))
         version.write(CENTROIDS, state_bytes(centroids))
         record = record_of(version, model_name, classes, decision)
-        record = dataclasses.replace(record, metrics={**record.metrics, **(metrics or {})})
+        record = dataclasses.replace(
+            record,
+            metrics={**record.metrics, **(metrics or {})},
+            training={**record.training, **({"run": run} if run else {})},
+        )
         version.write_record(record)
     return record
 

@@ -167,7 +167,7 @@ def photos_of(records: Sequence[ModelRecord], checkpoint_dir: Path) -> FoodData:
     Raises:
         AverageError: a run's list of images is missing, or too few photos are left.
     """
-    parents = [_photos_of(record, checkpoint_dir) for record in records]
+    parents = [photos_of_version(record, checkpoint_dir) for record in records]
     trained_on = {path for data in parents for path in data.train.paths}
     val = _without([data.val for data in parents], trained_on)
     test = _without([data.test for data in parents], trained_on | set(val.paths))
@@ -181,7 +181,8 @@ def photos_of(records: Sequence[ModelRecord], checkpoint_dir: Path) -> FoodData:
     return dataclasses.replace(parents[0], val=val, test=test)
 
 
-def _photos_of(record: ModelRecord, checkpoint_dir: Path) -> FoodData:
+def photos_of_version(record: ModelRecord, checkpoint_dir: Path) -> FoodData:
+    """List the photos that a version was trained and tested on; see `photos_of`."""
     run = str(record.training.get("run"))
     there = checkpoint_dir / run
     run_dir = there if there.exists() else Path(str(record.training.get("checkpoint_dir"))) / run

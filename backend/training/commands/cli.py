@@ -104,7 +104,7 @@ def run_command(
         promote_version(config.output_dir, options.promote)
         follow_in_mlflow(options, config)
     elif options.export is not None:
-        logger.info("files %s", export_version(config.output_dir, options.export, options.format))
+        logger.info("files %s", export_version(config, options.export, options.format))
     elif config.dry_run:
         dry_run(config, command)
     elif released := new_version(options, config, command, train):

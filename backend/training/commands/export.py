@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.ml.artifacts import ArtifactError, read_record
+from app.ml.predictor import load_model_for_inference
+from training.commands.average import photos_of_version
 from training.compute.devices import prepare_machine
+from training.config import TrainingConfig
 from training.release.export import reason_of
 from training.release.hub import export_hub
 from training.release.standalone import ExportError
@@ -18,19 +21,14 @@ from training.release.standalone_formats import (
     export_litert,
     export_onnx,
 )
+from training.release.standalone_int8 import export_litert_int8
 
 EXPORTS = "exports"  # the folder beside the versions
-FORMATS: dict[str, Callable[[Path, int, Path], list[Exported]]] = {
-    "onnx": export_onnx,
-    "litert": export_litert,
-    "coreml": export_coreml,
-    "hub": export_hub,
-}
 
 logger = logging.getLogger(__name__)
 
 
-def export_version(model_dir: Path, version: int, format: str) -> Path:
+def export_version(config: TrainingConfig, version: int, format: str) -> Path:
     """Write a version in one format, checked, into a folder of its own; return the folder.
 
     An earlier export of the same version in this format is replaced, and kept if this one fails.
@@ -40,12 +38,12 @@ def export_version(model_dir: Path, version: int, format: str) -> Path:
             fails, or what it wrote does not answer as the version does.
     """
     prepare_machine()
-    read_record(model_dir, version)
-    folder = model_dir / EXPORTS / f"v{version}-{format}"
+    read_record(config.output_dir, version)
+    folder = config.output_dir / EXPORTS / f"v{version}-{format}"
     logger.info("writing v%d for %s, which may take a minute", version, format)
     with new_folder(folder) as staging:
         try:
-            files = FORMATS[format](model_dir, version, staging)
+            files = FORMATS[format](config, version, staging)
         except ArtifactError:
             raise
         except Exception as error:  # the converters raise anything
@@ -56,6 +54,27 @@ def export_version(model_dir: Path, version: int, format: str) -> Path:
     for file, size in zip(files, sizes, strict=True):
         logger.info("%s, %.1f MB: %s", file.path.name, size / 1e6, file.finding)
     return folder
+
+
+def write_litert(config: TrainingConfig, version: int, folder: Path) -> list[Exported]:
+    """Write the LiteRT files; the one in integers if the photos of its run are there."""
+    files = export_litert(config.output_dir, version, folder)
+    predictor = load_model_for_inference(config.output_dir, version, runtime="torch")
+    try:
+        data = photos_of_version(predictor.record, config.checkpoint_dir)
+        int8 = export_litert_int8(files[0].path, predictor, data, config.seed)
+    except ArtifactError as error:
+        logger.info("no INT8 file: %s", error)
+        return files
+    return [*files, int8]
+
+
+FORMATS: dict[str, Callable[[TrainingConfig, int, Path], list[Exported]]] = {
+    "onnx": lambda config, *place: export_onnx(config.output_dir, *place),
+    "litert": write_litert,
+    "coreml": lambda config, *place: export_coreml(config.output_dir, *place),
+    "hub": lambda config, *place: export_hub(config.output_dir, *place),
+}
 
 
 @contextmanager

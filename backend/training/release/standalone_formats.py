@@ -120,44 +120,53 @@ def export_onnx(model_dir: Path, version: int, folder: Path) -> list[Exported]:
     return exported
 
 
+# Operator, inputs, output and attributes of what stands around the network, whose own input is
+# `images`. In this order, as in `normalize`: INT8 turns other roundings into other answers.
+Node = tuple[str, list[str], str, dict[str, Any]]
+BEFORE: list[Node] = [
+    ("Transpose", [INPUT], "image_nchw", {"perm": [0, 3, 1, 2]}),
+    ("Cast", ["image_nchw"], "pixels", {"to": 1}),  # to float32
+    ("Div", ["pixels", "white"], "shares", {}),
+    ("Sub", ["shares", "mean"], "centered", {}),
+    ("Div", ["centered", "std"], "images", {}),
+]
+BEHIND: list[Node] = [
+    ("Div", ["logits", "temperature"], "calibrated_logits", {}),
+    ("Softmax", ["calibrated_logits"], PROBABILITIES, {"axis": 1}),
+    ("LpNormalization", ["pooled"], "direction", {"axis": 1, "p": 2}),
+    ("Gemm", ["direction", "centroids"], "similarities", {"transB": 1}),
+    ("ReduceMax", ["similarities"], SIMILARITY, {"axes": [1], "keepdims": 0}),
+]
+
+
 def standalone_onnx(plain: bytes, predictor: FoodPredictor) -> bytes:
     """Add to an ONNX file of ours what `StandaloneNetwork` adds, and what an app must know."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    model, node = onnx.load_from_string(plain), helper.make_node
+    model, value = onnx.load_from_string(plain), helper.make_tensor_value_info
     graph, network = model.graph, StandaloneNetwork(predictor, nn.Identity())
-    before = [
-        node("Transpose", [INPUT], ["image_nchw"], name="channels_first", perm=[0, 3, 1, 2]),
-        node("Cast", ["image_nchw"], ["pixels"], name="to_float", to=TensorProto.FLOAT),
-        # In this order, as in `normalize`: INT8 turns other roundings into other answers.
-        node("Div", ["pixels", "white"], ["shares"], name="divide_by_255"),
-        node("Sub", ["shares", "mean"], ["centered"], name="subtract_mean"),
-        node("Div", ["centered", "std"], ["images"], name="divide_by_std"),
-    ]
-    behind = [
-        node("Div", ["logits", "temperature"], ["calibrated_logits"], name="calibrate"),
-        node("Softmax", ["calibrated_logits"], [PROBABILITIES], name="softmax", axis=1),
-        node("LpNormalization", ["pooled"], ["direction"], name="direction", axis=1, p=2),
-        node("Gemm", ["direction", "centroids"], ["similarities"], name="compare", transB=1),
-        node("ReduceMax", ["similarities"], [SIMILARITY], name="nearest", axes=[1], keepdims=0),
-    ]
-    nodes = [*before, *graph.node, *behind]
-    constants = {name: value.numpy() for name, value in network.named_buffers()}
+    before, behind = (
+        [helper.make_node(op, ins, [out], name=out, **more) for op, ins, out, more in nodes]
+        for nodes in (BEFORE, BEHIND)
+    )
+    constants = {name: buffer.numpy() for name, buffer in network.named_buffers()}
     constants["temperature"] = np.array(network.temperature, dtype=np.float32)
     constants["white"] = np.array(255, dtype=np.float32)
-    crop, num_classes = predictor.record.preprocessing.crop, len(predictor.classes)
-    for field in (graph.node, graph.input, graph.output):
-        del field[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
-    value = helper.make_tensor_value_info
-    graph.input.append(value(INPUT, TensorProto.UINT8, ["n", crop, crop, 3]))
-    graph.output.append(value(PROBABILITIES, TensorProto.FLOAT, ["n", num_classes]))
-    graph.output.append(value(SIMILARITY, TensorProto.FLOAT, ["n"]))
-    graph.name = file_name(predictor.record.version, "")
+    crop = predictor.record.preprocessing.crop
+    image = value(INPUT, TensorProto.UINT8, ["n", crop, crop, 3])
+    probabilities = value(PROBABILITIES, TensorProto.FLOAT, ["n", len(predictor.classes)])
+    similarity = value(SIMILARITY, TensorProto.FLOAT, ["n"])
+    around = helper.make_graph(
+        [*before, *graph.node, *behind],
+        file_name(predictor.record.version, ""),
+        [image],
+        [probabilities, similarity],
+        [*graph.initializer, *(numpy_helper.from_array(v, name) for name, v in constants.items())],
+    )
+    model.graph.CopyFrom(around)
     helper.set_model_props(model, metadata(predictor))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def metadata(predictor: FoodPredictor) -> dict[str, str]:

@@ -21,6 +21,8 @@ from app.ml.forms import Runtime
 from app.ml.predictor import FoodPredictor, OnnxNetwork, load_model_for_inference
 from app.ml.preprocessing import normalize
 from training.commands.export import EXPORTS
+from training.data.manifest import write_manifest
+from training.data.splits import load_food_data
 from training.release import standalone_formats
 from training.release.hub import LOADING
 
@@ -188,10 +190,25 @@ def test_a_version_without_the_form_is_refused(
 # Converters that are installed by hand --------------------------------------------------------
 
 
-def run_export(folder: Path, format: str, model_name: str) -> str:
-    """Export in a process of its own: the converters bring warnings and loggers along."""
-    release_model(folder, CLASSES, model_name)
+def run_export(folder: Path, format: str, model_name: str, photos: Path | None = None) -> str:
+    """Export in a process of its own: the converters bring warnings and loggers along.
+
+    photos: class folders that the version was trained on, if they are still there.
+    """
+    release_model(folder, CLASSES, model_name, run="run")
+    if photos:
+        (folder / "run").mkdir()
+        data = load_food_data(
+            photos,
+            custom_data_dir=None,
+            classes=None,
+            images_per_class=None,
+            train_split=0.8,
+            seed=1,
+        )
+        write_manifest(folder / "run", data)
     command = [sys.executable, train_model.__file__, *arguments(folder, format)]
+    command += ["--checkpoint_dir", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert result.returncode == 0, result.stderr
     return result.stderr
@@ -201,11 +218,12 @@ def run_export(folder: Path, format: str, model_name: str) -> str:
 @pytest.mark.skipif(
     not importlib.util.find_spec("litert_torch"), reason="needs pip install litert-torch"
 )
-def test_litert_answers_as_the_version_does(tmp_path: Path) -> None:
+def test_litert_answers_as_the_version_does(tmp_path: Path, photos: Path) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
-    said = run_export(tmp_path, "litert", "mobilenet_v2")
+    said = run_export(tmp_path, "litert", "mobilenet_v2", photos)
     assert "food_model_v1.tflite, " in said and "food_model_v1.fp16.tflite, " in said
+    assert re.search(r"(int8.tflite, .* MB|no INT8 file): .* plain network on 6 validation", said)
     predictor = load_model_for_inference(tmp_path, runtime="torch")
     image = predictor.preprocess(photo()).permute(1, 2, 0).numpy()[None]
     expected = probabilities_of(predictor, photo())
