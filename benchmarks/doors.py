@@ -150,7 +150,7 @@ def spark(folder: Path) -> Iterator[Ask]:
 def exported(folder: Path, format: str, suffix: str) -> Path:
     """Find an exported file of the current version, which `registered_copy` links beside it."""
     version = read_record(folder).version
-    return folder / EXPORTS / f"v{version}-{format}" / f"food_model_v{version}{suffix}"
+    return folder.parent / EXPORTS / f"v{version}-{format}" / f"food_model_v{version}{suffix}"
 
 
 @contextmanager
@@ -284,7 +284,7 @@ def registered_copy(model_dir: Path, scratch: Path) -> Path:
     write_package(folder, json.loads(record.to_json()), run_id="none")
     for file in released_files(model_dir, record):
         shutil.copy(file, folder)
-    (folder / EXPORTS).symlink_to((model_dir / EXPORTS).resolve())
+    (scratch / EXPORTS).symlink_to((model_dir / EXPORTS).resolve())
     return folder
 
 
