@@ -87,6 +87,8 @@ def train_step(run: Run, module: nn.Module, batch: FeatureBatch, processes: Proc
     Returns (4,) on the device, of this process's share: the summed loss, the correct answers, the
     images, and whether the loss and the gradient are finite.
     """
+    if processes.world_size == 1 and not len(batch.labels):  # none of its images could be read
+        return torch.tensor([0.0, 0.0, 0.0, 1.0], device=batch.features.device)
     changing = () if run.config.is_pretrained else run.trained.buffers()  # of batch-norm
     buffers = [(buffer, buffer.clone()) for buffer in changing]
 

@@ -32,11 +32,10 @@ class MicroBatch:
     def equal_parts(self, num_images: int, whole: int, world_size: int) -> list[slice]:
         """Split a share into as many parts as in every other process, as each waits for the rest.
 
-        whole: images of the whole batch, over all processes. A lone process without images has no
-        part to compute.
+        whole: images of the whole batch, over all processes.
         """
         if world_size == 1:
-            return self.parts(num_images) if num_images else []
+            return self.parts(num_images)
         parts, empty = self.parts(num_images), slice(num_images, num_images)
         return parts + [empty] * (len(self.parts(-(-whole // world_size))) - len(parts))
 

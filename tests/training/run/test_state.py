@@ -15,6 +15,8 @@ from torch import nn
 
 import train_model
 from app.ml.model import TrainedPart
+from training.compute.distributed import Processes
+from training.compute.features import FeatureBatch
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
 from training.data.manifest import fingerprint
@@ -247,6 +249,21 @@ def test_without_decay_the_average_is_the_trained_part_itself() -> None:
     train_steps(run, 2)
     assert run.average.module is run.trained and run.average.updates == 2
     assert run.state()["average"] == {}
+
+
+# An update ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_batch_without_a_readable_image_changes_nothing(precision: str) -> None:
+    """The last batch of an epoch may be one image; fp16's scaler refuses to step without it."""
+    run = make_run(precision=precision)
+    none = torch.zeros(0, dtype=torch.int64)
+    batch = FeatureBatch(torch.zeros(0, 2, 5, 5), none, none, num_images=1)
+    before = copy.deepcopy(run.state())
+    result = train_model.train_step(run, run.trained, batch, Processes())
+    assert result.tolist() == [0, 0, 0, 1]
+    assert same(run.state(), before)
 
 
 # Memory ---------------------------------------------------------------------------------------
