@@ -67,7 +67,7 @@ from training.errors import ConfigError, TrainingError
 from training.release.release import TrainingResult, release_model
 from training.run.checkpointer import Checkpointer
 from training.run.resume import find_checkpoint, sizes_then
-from training.run.session import Session, check_folders, session
+from training.run.session import Session, check_folders, open_session
 from training.run.start import copy_start, load_start, start_file
 from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
 from training.sample.generate import draw_sample
@@ -163,7 +163,7 @@ def fit(
     run: Run,
     train_batches: FeatureSource,
     val_batches: FeatureSource,
-    keeper: Session,
+    session: Session,
     processes: Processes,
 ) -> None:
     """Train and validate, epoch after epoch, until the last one or early stopping."""
@@ -175,11 +175,11 @@ def fit(
         while not run.is_done:
             began, waited = time.perf_counter(), train_batches.seconds_waiting
             train_loss, train_acc = train_epoch(
-                run, module, train_batches, keeper.checkpointer, processes
+                run, module, train_batches, session.checkpointer, processes
             )
             waiting = train_batches.seconds_waiting - waited
             data_wait_share = waiting / (time.perf_counter() - began)
-            val_loss, val_acc = validate_epoch(run, val_batches, keeper.checkpointer, processes)
+            val_loss, val_acc = validate_epoch(run, val_batches, session.checkpointer, processes)
             metrics = {
                 "epoch": run.progress.epoch + 1,
                 "train_loss": train_loss,
@@ -192,7 +192,7 @@ def fit(
                 "data_wait_share": data_wait_share,
             }
             is_best = finish_epoch(run, metrics)
-            keeper.epoch(metrics)
+            session.end_epoch(metrics)
             log_epoch(metrics, run, is_best)
 
 
@@ -200,7 +200,7 @@ def train_epoch(
     run: Run,
     module: nn.Module,
     batches: FeatureSource,
-    keeper: Checkpointer,
+    checkpointer: Checkpointer,
     processes: Processes,
 ) -> tuple[float, float]:
     """Train on the rest of the current epoch.
@@ -215,16 +215,16 @@ def train_epoch(
     run.train_mode()
     began = time.perf_counter()
     with ProgressBar(run, "train", batches, processes, progress.batch) as bar:
-        epoch = batches.epoch(progress.epoch, progress.batch, on_batch=keeper.check)
-        for batch in keeper.waiting_for(epoch):
+        epoch = batches.epoch(progress.epoch, progress.batch, on_batch=checkpointer.check)
+        for batch in checkpointer.waiting_for(epoch):
             step = train_step(run, module, batch, processes)
             now = time.perf_counter()
             progress.add(step, now - began)
             began = now
             bar.update(batch.num_images)
-            if keeper.check():
+            if checkpointer.check():
                 bar.show(progress)
-    keeper.check(is_last=True)
+    checkpointer.check(is_last=True)
     if not progress.count:
         raise TrainingError("no training image could be read; see the log")
     return progress.loss_sum / progress.count, progress.correct / progress.count
@@ -232,7 +232,7 @@ def train_epoch(
 
 @torch.no_grad()
 def validate_epoch(
-    run: Run, batches: FeatureSource, keeper: Checkpointer, processes: Processes
+    run: Run, batches: FeatureSource, checkpointer: Checkpointer, processes: Processes
 ) -> tuple[float, float]:
     """Compute the loss and the accuracy of the averaged weights over the validation images.
 
@@ -243,19 +243,19 @@ def validate_epoch(
     module, device = run.average.module.eval(), batches.frozen.device
     sums = torch.zeros(3, device=device)  # loss, correct answers, images
     with ProgressBar(run, "validate", batches, processes) as bar:
-        for batch in keeper.waiting_for(batches.epoch(0, on_batch=keeper.check)):
+        for batch in checkpointer.waiting_for(batches.epoch(0, on_batch=checkpointer.check)):
             labels = to_device(batch.labels, device)
             logits = predict_logits(run, module, batch.features)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             correct = (logits.argmax(dim=1) == labels).sum()
             sums += torch.stack([loss, correct, loss.new_full((), len(labels))])
             bar.update(batch.num_images)
-            keeper.check()
+            checkpointer.check()
     loss_sum, correct_sum, count = processes.sum(*sums.tolist())
     if not count:
         raise TrainingError("no validation image could be read; see the log")
     if not math.isfinite(loss_sum):
-        raise keeper.not_finite("validation")
+        raise checkpointer.not_finite("validation")
     return loss_sum / count, correct_sum / count
 
 
@@ -417,13 +417,13 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         frozen, config.preprocessing, device, DTYPES[run.config.precision], run.micro_batch
     )
     sources = feature_sources(run.config, data, frozen_part, run_dir, processes, run.skipped)
-    with session(run, run_dir, data, checkpoint, device, processes, sources) as keeper:
-        fit(run, *sources, keeper, processes)
-        if not keeper.end_training():
+    with open_session(run, run_dir, data, checkpoint, device, processes, sources) as session:
+        fit(run, *sources, session, processes)
+        if not session.end_training():
             return None
         run.use_best_weights()
         released = release_model(run.model, data, training_result(run, command), device)
-        keeper.finish(released)
+        session.finish(released)
     return released
 
 

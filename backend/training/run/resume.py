@@ -97,8 +97,11 @@ def _why_not(
 
 
 def _settings_of(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any]:
-    """A checkpoint's settings, spelled as today's where those mean the same."""
-    settings = dict(state["config"])
+    """A checkpoint's settings, spelled as today's where those mean the same.
+
+    A run begun before a setting was added did what the default of that setting does.
+    """
+    settings = {**TrainingConfig().exact_settings(), **state["config"]}
     if config.precision == state["precision"]:  # "bf16" now where "auto" meant bf16 then
         settings["precision"] = config.precision
     if _same_weights(config, settings["weights"], state["weights_sha256"]):

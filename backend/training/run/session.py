@@ -25,7 +25,7 @@ from training.run.state import Run
 
 
 class Session:
-    """The services of one start of a run; `session` opens and closes them."""
+    """The services of one start of a run; `open_session` opens and closes them."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Session:
             self._closing.enter_context(self.checkpointer.stop.raising())
         return processes.is_main
 
-    def epoch(self, metrics: dict[str, Any]) -> None:
+    def end_epoch(self, metrics: dict[str, Any]) -> None:
         """Save the run after an epoch, and record it."""
         self.checkpointer.save()
         self.record.epoch(metrics)
@@ -76,7 +76,7 @@ def check_folders(config: TrainingConfig) -> None:
 
 
 @contextlib.contextmanager
-def session(
+def open_session(
     run: Run,
     run_dir: Path,
     data: FoodData,
@@ -107,9 +107,9 @@ def session(
             )
             for source in sources:
                 closing.callback(source.close)
-            keeper = Session(checkpointer, end, sources, closing)
+            session = Session(checkpointer, end, sources, closing)
             try:
-                yield keeper
+                yield session
             except DataError:  # the disk is gone; the training so far is sound
                 checkpointer.save()
                 raise
@@ -120,5 +120,5 @@ def session(
             except Interrupted as interrupted:
                 interrupted.can_resume = checkpointer.last_good is not None
                 raise
-        if keeper.version:  # only now that the record has its end too
-            mark_finished(run_dir, run, keeper.version)
+        if session.version:  # only now that the record has its end too
+            mark_finished(run_dir, run, session.version)

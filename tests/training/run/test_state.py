@@ -4,6 +4,7 @@ the weights; and what a checkpoint must bring back."""
 import copy
 import math
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from training.config import TrainingConfig
 from training.data.manifest import fingerprint
 from training.data.splits import FoodData, Split
 from training.errors import TrainingError
+from training.run.checkpoints import save_checkpoint
+from training.run.resume import find_checkpoint
 from training.run.state import (
     EarlyStopping,
     Progress,
@@ -340,6 +343,18 @@ def test_the_state_is_a_copy_that_training_does_not_change() -> None:
     train_steps(run, 2, seed=1)
     assert same(state["model"], weights) and same(state["average"], averages)
     assert not same(run.state()["model"], weights)
+
+
+def test_a_run_begun_before_a_setting_was_added_has_its_default(tmp_path: Path) -> None:
+    state = make_run().state()
+    del state["config"]["label_smoothing"]
+    path = save_checkpoint(tmp_path / "run", state)
+    for smoothing, found in ((0.1, path), (0.2, None)):
+        config = TrainingConfig(
+            freeze_layers=0, label_smoothing=smoothing, checkpoint_dir=tmp_path, resume="auto"
+        )
+        checkpoint, _ = find_checkpoint(config, tiny_data())
+        assert (checkpoint and checkpoint.path) == found
 
 
 def test_a_plain_copy_is_contiguous_and_on_the_cpu() -> None:
