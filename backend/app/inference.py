@@ -44,7 +44,7 @@ class ModelLoadError(RuntimeError):
 
 
 class InferenceService:
-    """Classifies photos with the newest valid model; use it from one event loop."""
+    """Classifies photos with the model that is current; use it from one event loop."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings = settings
@@ -52,6 +52,7 @@ class InferenceService:
         self.answers = RecentAnswers()
         self.predictor: FoodPredictor | None = None
         self.problem = "the model is being loaded"
+        self._seen: tuple[int, int] | None = None  # the release that was loaded last
         self._load_lock = asyncio.Lock()
         # A semaphore, not a counter: the pool's threads release it.
         self._places = threading.BoundedSemaphore(settings.workers + settings.queue_size)
@@ -119,13 +120,14 @@ class InferenceService:
     # Models -----------------------------------------------------------------------------------
 
     async def load(self, version: int | None = None) -> FoodPredictor:
-        """Load a version (else the pinned one, else the newest), try it, then serve it.
+        """Load a version (else the pinned one, else the current one), try it, then serve it.
 
         Raises:
             ModelLoadError: it cannot be served; what served before still does.
         """
         async with self._load_lock:
             version = version or self.settings.model_version
+            released = self._released()  # before it is read: what comes meanwhile is newer
             try:
                 predictor = await asyncio.to_thread(self._load, version)
             except ModelLoadError as error:
@@ -136,6 +138,8 @@ class InferenceService:
             self.metrics.reloads.labels("loaded").inc()
             self.metrics.model_version.set(predictor.record.version)
             self.predictor = predictor
+            if version is None:
+                self._seen = released
         fields = {"model_version": predictor.record.version, "runtime": predictor.runtime}
         logger.info("model loaded", extra={"fields": fields})
         return predictor
@@ -159,14 +163,11 @@ class InferenceService:
         """Load what gets released, forever; a release that cannot be loaded is tried again."""
         if not self.settings.reload_poll_seconds or self.settings.model_version:
             return
-        seen = self._released()
         while True:
             await asyncio.sleep(self.settings.reload_poll_seconds)
-            if (released := self._released()) == seen:
-                continue
-            with suppress(ModelLoadError):  # logged; the release is tried again
-                await self.load()
-                seen = released
+            if self._released() != self._seen:
+                with suppress(ModelLoadError):  # logged; the release is tried again
+                    await self.load()
 
     def _released(self) -> tuple[int, int] | None:
         """Identify the current release, which replaces this file as its last step."""

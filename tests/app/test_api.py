@@ -550,23 +550,49 @@ def test_a_bad_model_leaves_the_old_one_serving(
         assert 'model_loads_total{outcome="failed"} 1.0' in client.get("/metrics").text
 
 
+def version_becomes(client: TestClient, version: int) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        response = client.get("/ready")
+        if response.is_success and response.json()["model_version"] == version:
+            return True
+        time.sleep(0.02)
+    return False
+
+
 @pytest.mark.slow
 def test_a_watched_folder_serves_what_is_released(tmp_path: Path) -> None:
-    def version_becomes(client: TestClient, version: int) -> bool:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            response = client.get("/ready")
-            if response.is_success and response.json()["model_version"] == version:
-                return True
-            time.sleep(0.02)
-        return False
-
     with serve(tmp_path, reload_poll_seconds=0.02) as client:
         assert client.get("/ready").status_code == 503
         release_model(tmp_path, ["apple_pie", "samosa", "jalebi"])
         assert version_becomes(client, 1)
         release_model(tmp_path, ["apple_pie", "samosa", "jalebi"], seed=1)
         assert version_becomes(client, 2)
+
+
+@pytest.mark.parametrize("at_start", ["loads", "fails"])
+def test_what_is_released_while_the_server_starts_is_served_too(
+    at_start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looked at the folder only after the first load would take it for what was loaded."""
+    classes = ["apple_pie", "samosa", "jalebi"]
+    calls = 0
+
+    def loading(*places: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        found = load_model_for_inference(*places, **options)
+        if calls == 1:
+            release_model(tmp_path, classes, standin.NAME, seed=1)
+            if at_start == "fails":
+                raise OSError("a share that was away for a moment")
+        return found
+
+    monkeypatch.setattr("app.inference.load_model_for_inference", loading)
+    with standin.registered():
+        release_model(tmp_path, classes, standin.NAME)
+        with serve(tmp_path, reload_poll_seconds=0.02) as client:
+            assert version_becomes(client, 2)
 
 
 @pytest.fixture
