@@ -145,7 +145,8 @@ class FeedbackStore:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         record = Correction(id, now, "pending", class_name, is_new, answer, (hash_of(token),))
         with self._locked():
-            if known := self._read(id):
+            known = self._read(id)
+            if known and self._find(known):  # an operator may have removed the file by hand
                 tokens = (*known.tokens, hash_of(token))[-MAX_TOKENS:]
                 kept = known if known.state == "accepted" else record
                 record = replace(kept, tokens=tokens)

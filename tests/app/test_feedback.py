@@ -503,6 +503,17 @@ def test_sending_it_again_does_not_undo_a_review(client: TestClient, folder: Pat
     assert f"idli/{id}.jpg" in files(folder)
 
 
+def test_a_photo_that_was_removed_by_hand_can_be_sent_again(
+    client: TestClient, folder: Path
+) -> None:
+    id = send(client, dish="dosa").json()["id"]
+    decide(client, id, "accept")
+    (folder / "dosa" / f"{id}.jpg").unlink()
+    again = send(client, dish="idli")
+    assert (again.status_code, again.json()["state"]) == (201, "pending")
+    assert files(folder) == [f".pending/_new/idli/{id}.jpg", f".records/{id}.json"]
+
+
 def test_nothing_reaches_training_that_was_not_accepted(client: TestClient, folder: Path) -> None:
     ids = [send(client, photo((n, 0, 0)), dish="dosa").json()["id"] for n in range(0, 250, 42)]
     for place in (folder, folder / ".pending" / ".."):
