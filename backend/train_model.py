@@ -7,7 +7,7 @@
     python backend/train_model.py --epochs 20 --model_name mobilenet_v2 --resume auto
         continues a run that was cut off, to the weights that it would have had
     python backend/train_model.py --predict lunch.jpg
-        what the newest model sees; for a folder, a table in predictions.csv
+        what the current model sees; for a folder, a table in predictions.csv
     python backend/train_model.py --compare v1 v2
         how two versions differ on the same test images
     python backend/train_model.py --audit

@@ -202,14 +202,17 @@ def check_token(
 @router.post(
     "/api/v1/model/reload",
     tags=["model"],
-    summary="Serve the newest model, or a given version",
+    summary="Load the current model, or a given version",
     responses=errors(401, 404, 409, 422),
     dependencies=[Depends(check_token)],
 )
 async def reload_model(
     service: Service,
     version: Annotated[
-        Integer | None, Query(ge=1, le=2**31, description="by default the newest")
+        Integer | None,
+        Query(
+            ge=1, le=2**31, description="by default the one that is pinned, else the current one"
+        ),
     ] = None,
 ) -> ModelInfo:
     """The new model is verified beside the old one, which keeps serving if it fails."""

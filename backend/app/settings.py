@@ -57,7 +57,7 @@ class Settings(BaseSettings):
 
     model_dir: Path = Field(default=MODEL_DIR, description="folder of the released models")
     model_version: Integer | None = Field(
-        default=None, ge=1, description="serve this version, not the newest"
+        default=None, ge=1, description="serve this version, not the current one"
     )
     device: str = Field(default="cpu", description="where to compute: cpu, cuda, mps")
     runtime: Runtime | Literal["auto"] = Field(
@@ -112,9 +112,9 @@ class Settings(BaseSettings):
     @field_validator("model_dir", "feedback_dir")
     @classmethod
     def _expand_home(cls, folder: Path | None) -> Path | None:
-        return folder and Path(
-            os.path.expanduser(folder)
-        )  # Path's own raises for a user who is not there
+        if folder is None:
+            return None
+        return Path(os.path.expanduser(folder))  # Path's own raises for a user who is not there
 
     @field_validator("device")
     @classmethod
