@@ -50,7 +50,7 @@ from torchvision import transforms
 from app.ml.artifacts import NoModelError, read_record, read_state
 from app.ml.machine import num_cores
 from app.ml.model import build_model
-from app.ml.predictor import load_model_for_inference
+from app.ml.predictor import forms_of, load_model_for_inference
 
 TOKEN = "only-for-this-benchmark"
 MODEL_DIR_VARIABLE = "BENCHMARK_MODEL_DIR"
@@ -536,9 +536,9 @@ def main() -> None:
     files = sorted(options.photos.rglob("*.jpg"))[:200] if options.photos else []
     photos = [file.read_bytes() for file in files] or drawn_photos()
     kilobytes = statistics.mean(map(len, photos)) / 1000
-    form = "ONNX" if any(name.endswith(".onnx") for name in record.sha256) else "PyTorch"
     print(
-        f"{record.model_name} version {record.version} ({form}), {num_cores()} cores, "
+        f"{record.model_name} version {record.version} (forms: {', '.join(forms_of(record))}), "
+        f"{num_cores()} cores, "
         f"{len(photos)} photos of {kilobytes:.0f} kB on average"
     )
     for part in (part for part in PARTS if part in options.parts or "all" in options.parts):

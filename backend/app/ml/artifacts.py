@@ -91,7 +91,7 @@ class ModelRecord:
 
     decision, metrics: of the plain network, in each form that reproduces its logits.
     sha256: file name -> checksum of the version's .pth, .onnx, .centroids.pth and so on.
-    metrics, training, libraries: for people and tools; nothing is rebuilt from them.
+    metrics, training, libraries: for people and tools; no answer depends on them.
     forms: runtime -> what is different for the form that it reads. Not in the JSON if empty.
     """
 
@@ -212,6 +212,14 @@ def read_record(model_dir: Path, version: int | None = None) -> ModelRecord:
             f"no trained model in {model_dir}; train one: python backend/train_model.py --sample"
         )
     return _read_current(model_dir)
+
+
+def current_version(model_dir: Path) -> int | None:
+    """Return the number of the current version; None where there is none, or it is damaged."""
+    try:
+        return read_record(model_dir).version
+    except (NoModelError, DamagedArtifactError):
+        return None
 
 
 def _read_current(model_dir: Path) -> ModelRecord:

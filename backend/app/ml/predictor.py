@@ -263,7 +263,7 @@ def import_onnxruntime() -> Any:
     before the import.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime  # training and PyTorch-only servers do without
+    import onnxruntime  # a server of the PyTorch form does without
 
     return onnxruntime
 

@@ -2,7 +2,7 @@
 
 Fine-tunes of the same start lie in one valley of the loss, so the mean of their weights is itself a
 good network, often better than each (Wortsman et al. 2022, arXiv:2203.05482). It is made greedily:
-the best version first, then each that does not make the mean worse on validation photos.
+the best version first, then each that makes the mean better on validation photos.
 """
 
 import dataclasses

@@ -201,10 +201,12 @@ def check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
     if options.shard and not options.predict:
         raise ConfigError(f"--shard {options.shard}: goes with --predict")
-    commands = ("predict", "compare", "audit", "promote", "average", "export")
+    commands = ("predict", "compare", "audit", "promote", "average", "export", "sync_mlflow")
     asked = [f"--{name}" for name in commands if getattr(options, name) not in (None, False)]
     if len(asked) > 1:
         raise ConfigError(f"{' and '.join(asked)}: one at a time")
+    if options.dry_run and asked:  # it would not be one: --promote promotes
+        raise ConfigError(f"--dry_run with {asked[0]}: only training has a dry run; leave it out")
     if (options.export is None) != (options.format is None):
         raise ConfigError(f"--export VERSION and --format ({', '.join(FORMATS)}) go together")
 

@@ -1,7 +1,6 @@
 """Two released versions on the test images of both: numbers, a paired test, and a page to look at.
 
-Compared is what each version answered in its own test, as its report keeps it: on images that
-neither was trained on, at once, and also where the images themselves are far away.
+What is compared, `training.release.promotion` says.
 """
 
 import logging

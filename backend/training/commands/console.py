@@ -6,13 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.ml.artifacts import (
-    CONFIG_NAME,
-    ModelRecord,
-    read_record,
-    report_folder_name,
-    weights_name,
-)
+from app.ml.artifacts import ModelRecord, current_version, report_folder_name, weights_name
 from training.compute.distributed import Processes
 from training.compute.features import FeatureSource
 from training.config import TrainingConfig
@@ -118,7 +112,7 @@ def log_release(released: ModelRecord, config: TrainingConfig) -> None:
         metrics["test_images"],
         f"; best epoch {metrics['best_epoch']}" if "best_epoch" in metrics else "",
     )
-    current = read_record(folder).version if (folder / CONFIG_NAME).exists() else None
+    current = current_version(folder)
     standing = "now current"
     if current != released.version:
         version = f"v{current} stays current" if current else "none is current"

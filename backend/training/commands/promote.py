@@ -3,13 +3,7 @@
 import logging
 from pathlib import Path
 
-from app.ml.artifacts import (
-    DamagedArtifactError,
-    NoModelError,
-    make_current,
-    read_checked,
-    read_record,
-)
+from app.ml.artifacts import current_version, make_current, read_checked, read_record
 from app.ml.predictor import load_model_for_inference
 from training.release.promotion import ComparisonError, is_worse_than_current, read_test
 
@@ -28,10 +22,7 @@ def promote_version(model_dir: Path, version: int) -> None:
     for name in record.sha256:
         read_checked(model_dir, name, record)
     load_model_for_inference(model_dir, version)
-    try:
-        before = read_record(model_dir).version
-    except (NoModelError, DamagedArtifactError):
-        before = None
+    before = current_version(model_dir)
     if before == version:
         logger.info("v%d is the current version already", version)
         return

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunRecord:
-    """Appends to `metrics.jsonl`; `RunRecord(None)` keeps nothing (ranks above 0, dry runs).
+    """Appends to `metrics.jsonl`; `RunRecord(None)` keeps nothing (ranks above 0).
 
     A disk that cannot be written does not stop the run: lines are buffered in memory for the next
     write, and after a crash `resumed` completes them from the checkpoint.

@@ -1,5 +1,6 @@
 """--promote: forwards, backwards, and never to a version that cannot be served."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from tests.training.release.test_promotion import release
 
 import train_model
 from app.ml.artifacts import CLASS_MAP_NAME, CONFIG_NAME, read_record, weights_name
+from training.commands.console import log_release
+from training.config import TrainingConfig
 
 
 def promote(folder: Path, version: str) -> int:
@@ -62,7 +65,32 @@ def test_a_worse_version_is_promoted_by_name_with_a_warning(
     assert read_record(tmp_path).version == 1
 
 
-def test_it_goes_with_no_other_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["--compare", "1", "2"], "one at a time"),
+        (["--sync_mlflow", "checkpoints/run"], "one at a time"),
+        (["--dry_run"], "only training has a dry run"),
+    ],
+)
+def test_it_goes_with_no_other_command(
+    more: list[str], reason: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        train_model.main(["--output_dir", str(folder), "--promote", "v1", "--compare", "1", "2"])
-    assert "one at a time" in capsys.readouterr().err
+        train_model.main(["--output_dir", str(folder), "--promote", "v1", *more])
+    assert reason in capsys.readouterr().err
+    assert read_record(folder).version == 2
+
+
+def test_a_version_held_back_beside_a_damaged_one_is_still_told(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run has succeeded; what is wrong with the current version is not its error."""
+    caplog.set_level(logging.INFO)
+    record = read_record(folder, 1)
+    (folder / CLASS_MAP_NAME).write_text("{}")
+    scores = {"test_top1": 0.5, "test_top1_ci95": (0.4, 0.6), "test_top5": 1.0, "test_images": 9}
+    metrics = {**scores, "test_balanced_accuracy": 0.5}
+    config = TrainingConfig(output_dir=folder)
+    log_release(dataclasses.replace(record, metrics=metrics), config)
+    assert "none is current; to change that: --promote v1" in caplog.text
