@@ -18,6 +18,7 @@ from app.feedback import (
     stored_form,
 )
 from app.inference import ModelMissingError
+from app.ml.class_names import MIN_NEW_CLASS_IMAGES
 from app.nutrition import food_facts
 from app.schemas import AnswerInfo, CorrectionInfo, CorrectionList, FeedbackReceipt
 from app.settings import Integer
@@ -174,6 +175,7 @@ async def list_corrections(
         total=len(found),
         corrections=[_info(correction) for correction in shown],
         accepted_photos=dict(zip(names, counts, strict=True)),
+        needed_photos=MIN_NEW_CLASS_IMAGES,
     )
 
 

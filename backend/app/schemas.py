@@ -149,9 +149,8 @@ class CorrectionList(BaseModel):
 
     total: int
     corrections: list[CorrectionInfo]
-    accepted_photos: dict[str, int] = Field(
-        description="of each dish here, the accepted photos; training takes a new one from 5 on"
-    )
+    accepted_photos: dict[str, int] = Field(description="of each dish here, the accepted photos")
+    needed_photos: int = Field(description="accepted photos from which training takes a new dish")
 
 
 class Health(BaseModel):

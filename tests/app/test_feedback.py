@@ -519,13 +519,17 @@ def test_nothing_reaches_training_that_was_not_accepted(client: TestClient, fold
     for place in (folder, folder / ".pending" / ".."):
         with pytest.raises(DataError, match="no class folders"):
             load_custom(place, Audit())
-    for id in ids[:5]:
+    needed = listed(client)["needed_photos"]
+    for id in ids[: needed - 1]:
         decide(client, id, "accept")
+    with pytest.raises(DataError, match=f"images: {needed - 1}, needed: {needed}"):
+        load_custom(folder, Audit())
+    decide(client, ids[needed - 1], "accept")
     audit = Audit()
     found = load_custom(folder, audit)
-    assert sorted(Path(path).stem for path in found["dosa"]) == sorted(ids[:5])
+    assert sorted(Path(path).stem for path in found["dosa"]) == sorted(ids[:needed])
     assert (list(found), audit.skipped, audit.other_files) == (["dosa"], [], {})
-    assert listed(client)["accepted_photos"] == {"dosa": 5}
+    assert listed(client)["accepted_photos"] == {"dosa": needed}
 
 
 def test_two_servers_may_share_the_folder(serve: Serve) -> None:

@@ -2,7 +2,6 @@
 
 const $ = (id) => document.getElementById(id);
 const TOKEN = "nutrilearn-token"; // kept until the tab is closed
-const PHOTOS_NEEDED = 5; // of a new dish, before training takes it
 
 let state = "pending";
 const photos = new Map(); // id -> address of the photo in this tab
@@ -28,13 +27,13 @@ async function ask(path, options = {}) {
 async function showList() {
   const list = ++shown;
   try {
-    const { total, corrections, accepted_photos } = await (await ask(`api/v1/review?state=${state}`)).json();
+    const { total, corrections, accepted_photos, needed_photos } = await (await ask(`api/v1/review?state=${state}`)).json();
     if (list !== shown) return;
     $("sign-in").hidden = true;
     $("bar").hidden = false;
     const of = total > corrections.length ? `, the first ${corrections.length} are shown` : "";
     $("count").textContent = total ? `${total} ${state === "pending" ? "waiting" : "accepted"}${of}` : "Nothing here.";
-    $("queue").replaceChildren(...corrections.map((item) => card(item, accepted_photos[item.class_name])));
+    $("queue").replaceChildren(...corrections.map((item) => card(item, accepted_photos[item.class_name], needed_photos)));
     $("problem").hidden = true;
   } catch (error) {
     showProblem(error);
@@ -50,7 +49,7 @@ function showProblem(error) {
   if (unknown) $("queue").replaceChildren();
 }
 
-function card(item, acceptedPhotos) {
+function card(item, acceptedPhotos, neededPhotos) {
   const { id, answer, class_name, food_name, is_new, time } = item;
   const photo = element("img", { alt: `Sent as ${food_name}`, loading: "lazy" });
   showPhoto(photo, id);
@@ -62,8 +61,8 @@ function card(item, acceptedPhotos) {
   const answered = answer
     ? `Version ${answer.model_version} said ${words(answer.class_name)} (${Math.round(answer.confidence * 100)}%, ${words(answer.verdict)}).`
     : "Sent without an answer.";
-  const few = is_new && acceptedPhotos < PHOTOS_NEEDED
-    ? ` ${acceptedPhotos} accepted so far; training takes a new dish from ${PHOTOS_NEEDED} on.` : "";
+  const few = is_new && acceptedPhotos < neededPhotos
+    ? ` ${acceptedPhotos} accepted so far; training takes a new dish from ${neededPhotos} on.` : "";
   const note = is_new ? element("p", {}, `New dish.${few}`) : "";
   const row = element("li", { className: "card" }, photo,
     element("p", {}, element("strong", {}, food_name)), element("p", { className: "muted" }, answered),
