@@ -78,7 +78,6 @@ class CheckpointCopies:
     def _copy(self, path: Path) -> None:
         target = self._target(path)
         if not self._verifies(target):
-            _remove(target)
             copy_checkpoint(path, target.parent)
             self._verified.add(target)
         others = sorted(set(target.parent.glob("checkpoint-*.pt")) - {target}, reverse=True)
@@ -119,16 +118,26 @@ def copy_checkpoint(path: Path, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / path.name
-    manifest, copied_manifest = path.with_name(MANIFEST_NAME), folder / MANIFEST_NAME
+    _remove(target)  # half a copy, of a process that was killed
     try:
-        if manifest.exists() and not copied_manifest.exists():
-            write_new(copied_manifest, manifest.read_bytes())
+        if path.with_name(MANIFEST_NAME).exists():
+            _copy_manifest(path.with_name(MANIFEST_NAME), folder / MANIFEST_NAME)
         for suffix in (".pt", ".json"):
             write_new(target.with_suffix(suffix), path.with_suffix(suffix).read_bytes())
         load_checkpoint(target)
     except (OSError, CheckpointError):
         _remove(target)
         raise
+
+
+def _copy_manifest(source: Path, target: Path) -> None:
+    data = source.read_bytes()
+    if target.exists() and target.read_bytes() == data:
+        return
+    target.unlink(missing_ok=True)
+    write_new(target, data)
+    if target.read_bytes() != data:
+        raise CheckpointError(f"{target} is not what was written")
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -95,17 +95,31 @@ def test_no_file_that_gets_lost_or_cut_on_the_way_counts_as_a_copy(
             raise OSError(5, "Input/output error", str(path))
 
     last_copied = 0
+    lists, copied_lists = (
+        f / "run" / MANIFEST_NAME for f in (copies.checkpoint_dir, copies.copy_dir)
+    )
     for epoch in range(1, 9):
         path = save(copies.checkpoint_dir / "run", epoch)
+        lists.write_text('{"train": {}}')
         monkeypatch.setattr(copies_module, "write_new", write_badly)
         if copies.copy(path):
             last_copied = epoch
+            assert copied_lists.read_bytes() == lists.read_bytes()
         there = epochs_in(copies.copy_dir / "run")  # all of them verify, whatever happened
         assert len(there) <= 2
         assert max(there, default=0) == last_copied
     monkeypatch.setattr(copies_module, "write_new", write_well)
     assert copies.copy(path)
     assert epochs_in(copies.copy_dir / "run")[-1] == 8
+
+
+def test_a_restore_that_was_killed_is_done_again(copies: CheckpointCopies) -> None:
+    path = save(copies.checkpoint_dir / "run", 1)
+    assert copies.copy(path)
+    path.write_bytes(cut(path.read_bytes()))
+    path.with_suffix(".json").unlink()
+    copies.restore()
+    assert epochs_in(copies.checkpoint_dir / "run") == [1]
 
 
 def test_a_good_copy_is_not_dropped_for_a_damaged_one(copies: CheckpointCopies) -> None:
