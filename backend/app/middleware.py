@@ -90,32 +90,32 @@ class RequestMiddleware:
         began, method = time.perf_counter(), scope["method"]
         scope = _as_routed(scope)
         body = RequestBody(scope, receive, self.service.settings)
-        answer = Answer(scope, send, body, self.service)
+        response = ResponseSender(scope, send, body, self.service)
         try:
             with self.running.one_more():
-                await self._answer(scope, body, answer)
+                await self._answer(scope, body, response)
         finally:
-            self._record(scope, method, answer.status, time.perf_counter() - began)
+            self._record(scope, method, response.status, time.perf_counter() - began)
 
-    async def _answer(self, scope: Scope, body: "RequestBody", answer: "Answer") -> None:
+    async def _answer(self, scope: Scope, body: "RequestBody", response: "ResponseSender") -> None:
         try:
             if origin := _preflight_origin(scope):
                 detail = f"{shorten(origin, 100)!r} is not among NUTRILEARN_CORS_ORIGINS"
-                await error_response(scope, "origin_refused", detail)(scope, body, answer)
+                await error_response(scope, "origin_refused", detail)(scope, body, response)
             else:
-                await self.app(scope, body, answer)
+                await self.app(scope, body, response)
         except asyncio.CancelledError:  # the server is stopping
-            if answer.started and not answer.complete:
+            if response.started and not response.complete:
                 raise
-            if not answer.started:
+            if not response.started:
                 body.deadline = time.monotonic() + 1
-                await error_response(scope, "stopping")(scope, body, answer)
+                await error_response(scope, "stopping")(scope, body, response)
         except Exception as error:
-            if answer.started:
+            if response.started:
                 raise
             fields = {"request_id": scope["state"]["request_id"]}
             logger.error("unexpected error", exc_info=error, extra={"fields": fields})
-            await error_response(scope, "internal_error")(scope, body, answer)
+            await error_response(scope, "internal_error")(scope, body, response)
 
     def _record(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         state, metrics = scope["state"], self.service.metrics
@@ -212,7 +212,7 @@ class RequestBody:
             raise HTTPException(413, f"the upload is larger than {limit} bytes")
 
 
-class Answer:
+class ResponseSender:
     """A request's `send`, which adds our headers and gives every error the one shape."""
 
     def __init__(
