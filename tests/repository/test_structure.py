@@ -97,6 +97,7 @@ FLOORS = {
         "app.ml.model",
         "app.ml.preprocessing",
     },
+    "app.ml.pyfunc": {"app.ml.machine", "app.ml.predictor", "app.ml.preprocessing"},
     "app.settings": {"app.ml.forms", "app.ml.machine"},
     "app.schemas": {"app.ml.forms", "app.nutrition"},
     "app.nutrition": set(),
