@@ -83,6 +83,7 @@ def site(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
         thread.join()
+    shutil.rmtree(files / "node_modules")  # 140 MB
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from training.release.standalone_formats import (
 from training.release.standalone_int8 import export_litert_int8
 
 EXPORTS = "exports"  # the folder beside the versions
+SHOWN_REASON = 200  # characters
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +48,9 @@ def export_version(config: TrainingConfig, version: int, format: str) -> Path:
             files = FORMATS[format](config, version, staging)
         except ArtifactError:
             raise
-        except Exception as error:  # the converters raise anything
-            raise ExportError(
-                f"v{version} cannot be written for {format}: {reason_of(error)}"
-            ) from (error)
+        except Exception as error:  # the converters raise anything, some with their whole program
+            reason = textwrap.shorten(reason_of(error), SHOWN_REASON, placeholder=" ...")
+            raise ExportError(f"v{version} cannot be written for {format}: {reason}") from error
         sizes = [size_of(file.path) for file in files]
     for file, size in zip(files, sizes, strict=True):
         logger.info("%s, %.1f MB: %s", file.path.name, size / 1e6, file.finding)

@@ -179,6 +179,20 @@ def test_a_package_that_is_not_there_is_named(
     assert [path.name for path in (model_dir / EXPORTS).iterdir()] == ["v1-onnx"]
 
 
+def test_a_converter_that_fails_is_told_in_one_line(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise NotImplementedError("no such operator\n" + "in the whole program " * 100)
+
+    monkeypatch.setattr(standalone_formats, "standalone_onnx", fail)
+    with standin.registered():
+        assert train_model.main(arguments(model_dir, "onnx")) == 1
+    line = caplog.messages[-1]
+    assert line.startswith("v1 cannot be written for onnx: no such operator") and len(line) < 300
+    assert "\n" not in line
+
+
 def test_a_version_without_the_form_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
