@@ -375,6 +375,26 @@ def test_when_one_image_is_too_much_it_says_what_to_change(
     assert "--freeze_layers" in caplog.messages[-1] and "--model_name" in caplog.messages[-1]
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError("out of memory"), RuntimeError(CPU_WORDS)]
+)
+def test_memory_that_is_short_elsewhere_is_one_line_too(
+    error: Exception,
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where nothing can be split: the network itself, Adam's moments."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train_model, "build_run", fail)
+    assert train(tmp_path, photos) == 1
+    assert caplog.messages[-1].startswith("memory ran out; close other programs")
+
+
 # Images ---------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from training.commands.predict import Shard, predict_paths
 from training.commands.promote import promote_version
 from training.compute.devices import choose_device, prepare_machine
 from training.compute.distributed import losses_explained
+from training.compute.memory import is_out_of_memory
 from training.config import (
     TrainingConfig,
     config_from_args,
@@ -85,7 +86,9 @@ def run_command_line(
     except KNOWN_ERRORS as error:
         logger.error("%s", without_password(str(error)))
         return 1
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         logger.error("memory ran out; close other programs, or lower --batch_size or --num_workers")
         return 1
 

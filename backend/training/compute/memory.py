@@ -80,6 +80,7 @@ class MicroBatch:
             torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's allocator has its own error; the CPU's can only be told by its message."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Python and a GPU's allocator have their own error; the CPU's is told by its message only."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator" in str(error)
