@@ -107,7 +107,10 @@ def _shifted(data: bytes, images: torch.Tensor) -> standalone_formats.Answers:
 # The hub --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_name", ["timm/test_convnext", "efficientnet_lite0"])
+@pytest.mark.parametrize(
+    "model_name",
+    ["timm/test_convnext", pytest.param("efficientnet_lite0", marks=pytest.mark.slow)],
+)
 def test_timm_loads_its_networks_from_the_hub_folder(model_name: str, tmp_path: Path) -> None:
     """As from the hub, which is the same folder at another place."""
     import timm
@@ -123,6 +126,7 @@ def test_timm_loads_its_networks_from_the_hub_folder(model_name: str, tmp_path: 
     assert card.data.eval_results[0].metric_value == 0.5
 
 
+@pytest.mark.slow
 def test_torchvision_loads_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release_model(tmp_path, CLASSES, "mobilenet_v2")
     folder = export(tmp_path, "hub")
@@ -196,8 +200,9 @@ def test_a_converter_that_fails_is_told_in_one_line(
 def test_a_version_without_the_form_is_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    release_model(tmp_path, CLASSES)
-    assert train_model.main(arguments(tmp_path, "onnx")) == 1
+    with standin.registered():
+        release_model(tmp_path, CLASSES, standin.NAME)
+        assert train_model.main(arguments(tmp_path, "onnx")) == 1
     assert "has no onnx form" in caplog.text and not list((tmp_path / EXPORTS).iterdir())
 
 
