@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from app.ml.activation import MapMaker
 from app.ml.artifacts import ModelRecord, file_name, onnx_name, read_record, read_state
 from app.ml.machine import num_cores
 from app.ml.model import build_model
@@ -61,6 +62,7 @@ def main() -> None:
     alternating.report_header(f"{record.model_name}, calls/s", "plain", "ours")
     networks(options, record)
     whole_way(options, record)
+    with_activation(options, record)
     sizes(options.model_dir, record)
     if options.photos:
         accuracy(options.model_dir, options.photos, record)
@@ -141,6 +143,24 @@ def whole_way(options: argparse.Namespace, record: ModelRecord) -> None:
         "12-megapixel JPEG to answer, against eager",
         plain_photo,
         lambda: ours.predict(jpeg),
+        options,
+    )
+
+
+def with_activation(options: argparse.Namespace, record: ModelRecord) -> None:
+    """An answer, against the answer and where the network looked (?explain=true)."""
+    model = load_model_for_inference(options.model_dir)
+    map_maker = MapMaker(options.model_dir, record)
+    crop = record.preprocessing.crop
+    pixels = torch.randint(0, 256, (3, crop, crop), dtype=torch.uint8)
+
+    def answer() -> str:
+        return model.predict_batch(pixels.unsqueeze(0), 1)[0].top[0].class_name
+
+    timed(
+        f"{model.runtime} with a map, against without",
+        answer,
+        lambda: map_maker(pixels, answer()),
         options,
     )
 

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Coroutine
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from typing import Annotated, Any, TypeVar
@@ -17,7 +18,17 @@ from app.inference import InferenceService, ModelLoadError, ModelMissingError
 from app.ml.drift import reference_of, stability_index
 from app.ml.predictor import ClassProbability, FoodPredictor
 from app.nutrition import food_facts, food_table
-from app.schemas import Drift, Food, FoodPrediction, Health, ModelInfo, Ready, Shares, TopPrediction
+from app.schemas import (
+    Activation,
+    Drift,
+    Food,
+    FoodPrediction,
+    Health,
+    ModelInfo,
+    Ready,
+    Shares,
+    TopPrediction,
+)
 from app.settings import Integer
 from app.uploads import FIELD, Body, UploadMemory, check_content_type, take_photo
 
@@ -65,13 +76,21 @@ async def uploaded(request: Request) -> AsyncIterator[Body]:
     summary="Recognize the dish in a photo",
     responses=errors(400, 408, 413, 415, 422, 429, 503),
     openapi_extra={"requestBody": PHOTO_BODY},
+    response_model_exclude_unset=True,
 )
 async def predict(
-    body: Annotated[Body, Depends(uploaded)], request: Request, service: Service
+    body: Annotated[Body, Depends(uploaded)],
+    request: Request,
+    service: Service,
+    explain: Annotated[
+        bool, Query(description="also say where the network looked, which takes longer")
+    ] = False,
 ) -> FoodPrediction:
     """The photo is decoded in memory; nothing of it is stored or logged."""
     photo = partial(take_photo, body, request.headers["content-type"])
-    prediction, record = await unless_gone(request, service.predict(photo))
+    prediction, record, activation = await unless_gone(
+        request, service.predict(photo, with_activation=explain)
+    )
     best = prediction.top[0]
     facts = food_facts(best.class_name)
     request.state.model_version = record.version
@@ -80,7 +99,7 @@ async def predict(
         request.state.request_id,
         Answer(record.version, best.class_name, best.probability, prediction.verdict),
     )
-    return FoodPrediction(
+    answer = FoodPrediction(
         **Food.values(facts, with_nutrition=prediction.verdict != "not_food"),
         confidence=best.probability,
         verdict=prediction.verdict,
@@ -88,6 +107,9 @@ async def predict(
         model_version=record.version,
         timestamp=datetime.now(timezone.utc),
     )
+    if activation:  # else the field is left out
+        answer.activation = Activation(**asdict(activation))
+    return answer
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Answered]) -> Answered:

@@ -15,12 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from app.answers import RecentAnswers
 from app.metrics import Metrics
+from app.ml.activation import ActivationMap, MapMaker
 from app.ml.artifacts import CONFIG_NAME, ModelRecord
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from app.settings import Settings
@@ -43,6 +44,14 @@ class ModelLoadError(RuntimeError):
     """A model that cannot be served; the one before keeps serving."""
 
 
+class Answered(NamedTuple):
+    """What a photo was answered, by which model, and where it looked, if that was asked for."""
+
+    prediction: Prediction
+    record: ModelRecord
+    activation: ActivationMap | None
+
+
 class InferenceService:
     """Classifies photos with the model that is current; use it from one event loop."""
 
@@ -51,6 +60,7 @@ class InferenceService:
         self.metrics = metrics
         self.answers = RecentAnswers()
         self.predictor: FoodPredictor | None = None
+        self._map_maker: MapMaker | None = None  # of the same version
         self.problem = "the model is being loaded"
         self._seen: tuple[int, int] | None = None  # the release that was loaded last
         self._load_lock = asyncio.Lock()
@@ -67,11 +77,14 @@ class InferenceService:
 
     # Photos -----------------------------------------------------------------------------------
 
-    async def predict(self, read_photo: Callable[[], bytes]) -> tuple[Prediction, ModelRecord]:
-        """Classify a photo; also return the record of the model that did it.
+    async def predict(
+        self, read_photo: Callable[[], bytes], *, with_activation: bool = False
+    ) -> Answered:
+        """Classify a photo.
 
         A call that is cancelled while its photo waits is dropped. read_photo: called when the
-        photo's turn comes; what it raises is raised here.
+        photo's turn comes; what it raises is raised here. with_activation: also say where the
+        network looked.
 
         Raises:
             ModelMissingError: no model is loaded.
@@ -84,8 +97,10 @@ class InferenceService:
                 "no model is loaded; train one with python backend/train_model.py --sample, "
                 "or see /ready for what is wrong"
             )
-        compute = partial(self._compute, predictor, read_photo, time.perf_counter())
-        return await self.run(compute), predictor.record
+        map_maker = self._map_maker if with_activation else None
+        return await self.run(
+            partial(self._compute, predictor, map_maker, read_photo, time.perf_counter())
+        )
 
     async def run(self, work: Callable[[], Done]) -> Done:
         """Do some work on a photo when its turn comes.
@@ -105,8 +120,12 @@ class InferenceService:
         self._places.release()
 
     def _compute(
-        self, predictor: FoodPredictor, read_photo: Callable[[], bytes], queued_at: float
-    ) -> Prediction:
+        self,
+        predictor: FoodPredictor,
+        map_maker: MapMaker | None,
+        read_photo: Callable[[], bytes],
+        queued_at: float,
+    ) -> Answered:
         stages = self.metrics.stages
         stages.labels("queue").observe(time.perf_counter() - queued_at)
         with stages.labels("decode").time():
@@ -115,7 +134,11 @@ class InferenceService:
             top_k = min(TOP_K, len(predictor.classes))
             (prediction,) = predictor.predict_batch(pixels.unsqueeze(0), top_k)
         self.metrics.confidence.labels(prediction.verdict).observe(prediction.top[0].probability)
-        return prediction
+        activation = None
+        if map_maker:
+            with stages.labels("activation").time():
+                activation = map_maker(pixels, prediction.top[0].class_name)
+        return Answered(prediction, predictor.record, activation)
 
     # Models -----------------------------------------------------------------------------------
 
@@ -138,6 +161,7 @@ class InferenceService:
             self.metrics.reloads.labels("loaded").inc()
             self.metrics.model_version.set(predictor.record.version)
             self.predictor = predictor
+            self._map_maker = MapMaker(self.settings.model_dir, predictor.record)
             if version is None:
                 self._seen = released
         fields = {"model_version": predictor.record.version, "runtime": predictor.runtime}

@@ -64,6 +64,22 @@ class TopPrediction(BaseModel):
     confidence: float = Confidence
 
 
+class Activation(BaseModel):
+    """Where the network looked for the first dish (a class activation map)."""
+
+    class_name: str = Field(examples=["apple_pie"])
+    grid: list[list[float]] | None = Field(
+        description="rows from the top, 1 at the place that speaks most for the dish; null where "
+        "this network gives none",
+        examples=[[[0.0, 0.25], [0.5, 1.0]]],
+    )
+    side: float = Field(
+        description="of the centered square that the grid covers, as a share of the upright "
+        "photo's short side"
+    )
+    reason: str | None = Field(description="why there is no grid")
+
+
 class FoodPrediction(Food):
     """The dish in the photo."""
 
@@ -76,6 +92,7 @@ class FoodPrediction(Food):
     top_predictions: list[TopPrediction] = Field(description="in descending order of confidence")
     model_version: int = Field(examples=[3])
     timestamp: datetime = Field(description="UTC")
+    activation: Activation | None = Field(None, description="with ?explain=true only")
 
 
 class Shares(BaseModel):

@@ -109,6 +109,22 @@ def test_the_answer_has_the_established_fields(client: TestClient) -> None:
     assert response.headers["x-model-version"] == str(answer["model_version"]) == "1"
 
 
+def test_where_the_model_looked_is_told_on_demand_only(sharp_dir: Path) -> None:
+    with serve(sharp_dir) as client:
+        plain = ask(client, encode(plate())).json()
+        asked = client.post(
+            "/api/v1/predict?explain=true", files={"file": ("p.png", encode(plate()))}
+        ).json()
+        refused = client.post("/api/v1/predict?explain=maybe", files={"file": ("p.png", b"")})
+    assert refused.status_code == 422
+    found = asked.pop("activation")
+    assert plain | {"timestamp": ""} == asked | {"timestamp": ""}  # the map is all that is new
+    assert found["class_name"] == asked["class_name"] and found["reason"] is None
+    assert 0 < found["side"] <= 1
+    values = [value for row in found["grid"] for value in row]
+    assert max(values) == 1 and min(values) >= 0 and len(values) > 16
+
+
 def test_nutrition_is_the_tables_per_serving_and_per_100_g(tmp_path: Path) -> None:
     release_model(tmp_path, ["apple_pie", "baklava", "waffles"])
     with serve(tmp_path) as client:

@@ -60,6 +60,23 @@ def test_a_dropped_or_pasted_photo_is_answered(way: str, visit: Open, url: str) 
     assert answered(page)
 
 
+def test_where_it_looked_is_drawn_over_the_photo_and_taken_away(visit: Open, url: str) -> None:
+    page = visit(url)
+    upload(page, photo())
+    answered(page)
+    plain = page.get_attribute("#preview", "src")
+    page.click("#where")
+    expect(page.locator("#where")).to_have_text("Show the photo again")
+    assert page.get_attribute("#preview", "src") != plain
+    assert page.inner_text("#where-words").startswith("Bright: what speaks for")
+    page.click("#where")
+    expect(page.locator("#where")).to_have_text("Where did it look?")
+    page.click("#where")
+    expect(page.locator("#where")).to_have_attribute("aria-pressed", "true")
+    upload(page, photo(3))  # a new photo comes without it
+    expect(page.locator("#where")).to_have_attribute("aria-pressed", "false")
+
+
 # What the page sends -------------------------------------------------------------------------
 
 REMEMBER_WHAT_IS_SENT = """() => {

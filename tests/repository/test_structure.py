@@ -98,6 +98,12 @@ FLOORS = {
         "app.ml.preprocessing",
     },
     "app.ml.pyfunc": {"app.ml.machine", "app.ml.predictor", "app.ml.preprocessing"},
+    "app.ml.activation": {
+        "app.ml.artifacts",
+        "app.ml.model",
+        "app.ml.predictor",
+        "app.ml.preprocessing",
+    },
     "app.settings": {"app.ml.forms", "app.ml.machine"},
     "app.schemas": {"app.ml.forms", "app.nutrition"},
     "app.nutrition": set(),

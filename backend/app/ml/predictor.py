@@ -163,7 +163,7 @@ def _load_form(
 ) -> FoodPredictor:
     network: TorchNetwork | OnnxNetwork
     if runtime == "torch":
-        network = TorchNetwork(_build(model_dir, record), record.model_name, device)
+        network = TorchNetwork(build_released(model_dir, record), record.model_name, device)
     else:
         name = file_name(record.version, FORM_SUFFIXES[runtime])
         network = OnnxNetwork(read_checked(model_dir, name, record), num_threads)
@@ -210,8 +210,12 @@ def predict_image(
     return model.predict(image, top_k).top
 
 
-def _build(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
-    """Build the network with the version's weights; its head must be as wide as the class map."""
+def build_released(model_dir: Path, record: ModelRecord) -> torch.nn.Module:
+    """Build the plain network of a version; its head must be as wide as the class map.
+
+    Raises:
+        ArtifactError: its weights are missing or damaged, or do not fit.
+    """
     state = read_state(model_dir, record)
     try:
         model = build_model(record.model_name, len(record.class_to_idx))

@@ -47,6 +47,8 @@ $("retry").addEventListener("click", () => choose(photo));
 function choose(file) {
   if (!file) return;
   photo = file;
+  $("where").setAttribute("aria-pressed", false); // the heat goes with its photo
+  hideHeat();
   URL.revokeObjectURL($("preview").src);
   $("preview").src = URL.createObjectURL(file);
   $("preview").hidden = false;
@@ -149,10 +151,79 @@ function showAnswer(body) {
   $("guesses-title").textContent = body.verdict === "not_food" ? "If it is a dish after all" : "What the model saw";
   for (const field of ["other", "dish"]) $(field).value = "";
   $("taught").hidden = true;
+  $("looked").hidden = $("preview").hidden || body.verdict === "not_food";
   showFood(body);
   show("result");
   $("result").focus({ preventScroll: true });
   if (matchMedia("(max-width: 48rem)").matches) $("answer").scrollIntoView({ behavior: "smooth" });
+}
+
+// Where it looked -------------------------------------------------------------------------
+
+const DARKEST = 0.75; // how much of the light is taken from what says nothing for the dish
+
+$("where").addEventListener("click", async () => {
+  if ($("where").getAttribute("aria-pressed") === "true") return hideHeat();
+  const about = answer, picture = photo;
+  $("where-words").textContent = "One moment…";
+  const form = new FormData();
+  form.append("file", asked.file, "photo");
+  try {
+    const response = await fetch("api/v1/predict?explain=true", { method: "POST", body: form });
+    const body = await response.json().catch(() => ({ code: String(response.status) }));
+    if (answer !== about) return; // another photo was chosen meanwhile
+    if (!response.ok) $("where-words").textContent = explain(body);
+    else if (!body.activation.grid) $("where-words").textContent = "This model cannot say.";
+    else await showHeat(body.activation, picture);
+  } catch {
+    if (answer === about) $("where-words").textContent = "The server could not be reached.";
+  }
+});
+
+async function showHeat({ grid, side }, picture) {
+  const { naturalWidth: width, naturalHeight: height } = $("preview");
+  if (!width) return $("where-words").textContent = "This browser cannot show the picture.";
+  const canvas = element("canvas"), shade = element("canvas");
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
+  canvas.width = shade.width = width * scale;
+  canvas.height = shade.height = height * scale;
+  const seen = side * Math.min(canvas.width, canvas.height);
+  const square = [(canvas.width - seen) / 2, (canvas.height - seen) / 2, seen, seen];
+  const context = shade.getContext("2d");
+  context.fillStyle = `rgb(0 0 0 / ${DARKEST})`;
+  context.fillRect(0, 0, shade.width, shade.height);
+  context.clearRect(...square);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(shades(grid), ...square);
+  canvas.getContext("2d").drawImage($("preview"), 0, 0, canvas.width, canvas.height);
+  canvas.getContext("2d").drawImage(shade, 0, 0);
+  const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.9));
+  if (picture !== photo) return;
+  URL.revokeObjectURL($("preview").src);
+  $("preview").src = URL.createObjectURL(blob);
+  $("where").setAttribute("aria-pressed", true);
+  $("where").textContent = "Show the photo again";
+  $("where-words").textContent = `Bright: what speaks for ${$("guesses").querySelector(".text").textContent}.`;
+}
+
+// One pixel for each place, which the browser smooths when it makes them larger.
+function shades(grid) {
+  const canvas = element("canvas");
+  [canvas.width, canvas.height] = [grid[0].length, grid.length];
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  grid.flat().forEach((value, i) => { image.data[4 * i + 3] = 255 * DARKEST * (1 - value ** 1.5); });
+  context.putImageData(image, 0, 0);
+  return canvas;
+}
+
+function hideHeat() {
+  const shown = $("where").getAttribute("aria-pressed") === "true";
+  $("where").setAttribute("aria-pressed", false);
+  $("where").textContent = "Where did it look?";
+  $("where-words").textContent = "";
+  if (!shown) return;
+  URL.revokeObjectURL($("preview").src);
+  $("preview").src = URL.createObjectURL(photo);
 }
 
 function guessRow({ class_name, food_name, confidence }) {
