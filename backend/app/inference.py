@@ -44,7 +44,7 @@ class ModelLoadError(RuntimeError):
     """A model that cannot be served; the one before keeps serving."""
 
 
-class Answered(NamedTuple):
+class Recognition(NamedTuple):
     """What a photo was answered, by which model, and where it looked, if that was asked for."""
 
     prediction: Prediction
@@ -79,7 +79,7 @@ class InferenceService:
 
     async def predict(
         self, read_photo: Callable[[], bytes], *, with_activation: bool = False
-    ) -> Answered:
+    ) -> Recognition:
         """Classify a photo.
 
         A call that is cancelled while its photo waits is dropped. read_photo: called when the
@@ -125,7 +125,7 @@ class InferenceService:
         map_maker: MapMaker | None,
         read_photo: Callable[[], bytes],
         queued_at: float,
-    ) -> Answered:
+    ) -> Recognition:
         stages = self.metrics.stages
         stages.labels("queue").observe(time.perf_counter() - queued_at)
         with stages.labels("decode").time():
@@ -138,7 +138,7 @@ class InferenceService:
         if map_maker:
             with stages.labels("activation").time():
                 activation = map_maker(pixels, prediction.top[0].class_name)
-        return Answered(prediction, predictor.record, activation)
+        return Recognition(prediction, predictor.record, activation)
 
     # Models -----------------------------------------------------------------------------------
 
