@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.training.run.test_state import Tiny, make_run, train_steps
+from tests.support.tiny_runs import Tiny, make_run, train_steps
 from torch import nn
 
 from app.ml.model import TrainedPart, build_model

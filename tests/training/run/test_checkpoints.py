@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.training.run.test_state import make_run, same, tiny_data, train_steps
+from tests.support.tiny_runs import make_run, same, tiny_data, train_steps
 
 import train_model
 from app.ml.model import BACKBONES
