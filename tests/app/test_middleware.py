@@ -309,8 +309,11 @@ def test_the_token_is_checked_before_the_version(model_dir: Path) -> None:
 # The end --------------------------------------------------------------------------------------
 
 
-def test_a_request_that_is_cancelled_is_told_that_the_server_stops(model_dir: Path) -> None:
+def test_a_request_that_is_cancelled_is_told_that_the_server_stops(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a body is still awaited."""
+    monkeypatch.setattr("app.middleware.STOPPING_SECONDS", 0)
     sent: list[Any] = []
     scope = {
         **{"type": "http", "method": "POST", "path": "/api/v1/predict", "query_string": b""},
@@ -328,7 +331,7 @@ def test_a_request_that_is_cancelled_is_told_that_the_server_stops(model_dir: Pa
         request = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
         await asyncio.sleep(0.2)
         running: RunningRequests = app.state.running
-        running._cancel()
+        running.stop()
         await asyncio.wait_for(request, 20)
 
     asyncio.run(cancel())
