@@ -22,6 +22,7 @@ from app.ml.model import build_model
 from app.ml.predictor import TorchNetwork
 from app.ml.preprocessing import ImageError, load_image, normalize
 from training.compute.devices import choose_device, prepare_machine
+from training.compute.distributed import losses_explained
 from training.config import TrainingConfig
 from training.data.folders import join_names
 from training.data.labels import DROP, name_in_labels, read_labels
@@ -151,7 +152,7 @@ def _looked_at(
     loader = eval_loader(paths, config.preprocessing, BATCH_SIZE, int(workers), device)
     indices, pooled, hashes = [], [], []
     bar = tqdm(total=len(paths), unit=" images", disable=None, leave=False)
-    with contextlib.closing(loader), logging_redirect_tqdm(), bar:
+    with contextlib.closing(loader), losses_explained(hint=""), logging_redirect_tqdm(), bar:
         for batch in loader:
             if len(batch.indices):
                 indices.append(batch.indices.numpy())
