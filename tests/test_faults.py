@@ -194,6 +194,27 @@ def test_a_disk_that_is_really_full_stops_nothing(
     assert outcome(tmp_path) == undisturbed
 
 
+def test_checkpoints_that_can_no_longer_be_written_cost_no_release(
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Their disk is gone since the first epoch, that of the models is not."""
+    log_epoch = train_model.log_epoch
+
+    def lose_checkpoints(*values: Any) -> None:
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        (tmp_path / "runs").touch()  # so that nothing can be made there again
+        log_epoch(*values)
+
+    monkeypatch.setattr(train_model, "log_epoch", lose_checkpoints)
+    assert train(tmp_path, photos, "--epochs", "2") == 0
+    assert (tmp_path / "models" / "food_model_v1.pth").exists()
+    assert "no checkpoint could be written" in caplog.text
+    assert "cannot be marked as finished" in caplog.text
+
+
 @pytest.mark.parametrize(
     "megabytes", [pytest.param(0.1, id="nothing fits"), pytest.param(0.3, id="the weights fit")]
 )

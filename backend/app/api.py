@@ -216,8 +216,9 @@ def check_token(
     if token is None:
         raise HTTPException(404, "this is off; set NUTRILEARN_RELOAD_TOKEN to turn it on")
     given = authorization.credentials if authorization else ""
-    # Headers are read as Latin-1, whatever a client has written.
-    if not secrets.compare_digest(given.encode("latin-1"), token.get_secret_value().encode()):
+    # Headers are read as Latin-1, whatever a client has written; the environment may be no text.
+    wanted = token.get_secret_value().encode(errors="surrogateescape")
+    if not secrets.compare_digest(given.encode("latin-1"), wanted):
         raise HTTPException(401, ERRORS["wrong_token"][1])
 
 

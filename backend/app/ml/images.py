@@ -267,9 +267,9 @@ def _decode_heif(data: bytes, limits: Limits) -> Image.Image:
         ) from error
     try:
         heif = pillow_heif.open_heif(data, convert_hdr_to_8bit=True)
+        (width, height), info = heif.size, heif.info  # a damaged file may list no picture at all
     except Exception as error:
         raise UnreadableImageError(f"the image is cut off or damaged: {error}") from error
-    (width, height), info = heif.size, heif.info
     _check_cost(heif.size, _heif_bytes(heif.mode, info) * width * height + len(data), limits)
     try:
         image = _reduced(heif.mode, heif.data, heif.size, heif.stride)

@@ -151,6 +151,8 @@ def _download(model_name: str) -> State:
 
 
 def _read(path: Path) -> State:
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never ends
+        raise WeightsError(f"--weights {path}: not a file; give the file of a state_dict")
     try:
         if path.suffix == ".safetensors":
             state = timm_networks.import_timm().models.load_state_dict(str(path), device="cpu")

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,7 +220,8 @@ class FeatureStore:
     def close(self) -> None:
         """Free the disk space."""
         self._features = torch.empty(0)
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that is gone or read-only by now; the training is done
+            self.path.unlink(missing_ok=True)
 
 
 def reserve(path: Path, num_bytes: int) -> None:

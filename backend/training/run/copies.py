@@ -100,13 +100,15 @@ def check_mounted(copy_dir: Path) -> None:
     """Tell a drive that is not mounted before its folder is made on this disk.
 
     Raises:
-        CheckpointError: the folder that should hold the copies is not there.
+        CheckpointError: the folder that should hold the copies is not there, or is a file.
     """
     if not copy_dir.parent.is_dir():
         raise CheckpointError(
             f"--checkpoint_copy_dir {copy_dir}: there is no {copy_dir.parent}; is the drive "
             "mounted?"
         )
+    if copy_dir.exists() and not copy_dir.is_dir():
+        raise CheckpointError(f"--checkpoint_copy_dir {copy_dir} is a file; give a folder")
 
 
 def copy_checkpoint(path: Path, folder: Path) -> None:

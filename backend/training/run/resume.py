@@ -183,7 +183,14 @@ def mark_finished(run_dir: Path, run: Run, version: int) -> None:
         "epochs": run.progress.epoch,
         "epochs_without_lower_loss": run.early_stopping.epochs_without_lower_loss,
     }
-    write_durably(run_dir / FINISHED_NAME, json.dumps(facts).encode())
+    try:
+        write_durably(run_dir / FINISHED_NAME, json.dumps(facts).encode())
+    except OSError as error:  # the model is out; all that is lost is this note
+        logger.warning(
+            "%s cannot be marked as finished (%s); --resume auto would release it again",
+            run_dir,
+            error,
+        )
 
 
 @contextlib.contextmanager

@@ -181,6 +181,12 @@ def test_of_several_pictures_in_a_heic_the_primary_one_counts(primary: int) -> N
     assert np.argmax(pixel(load_image(buffer.getvalue()))) == primary
 
 
+def test_a_heic_that_lists_no_picture_is_damaged() -> None:
+    data = encoded(plate(), "HEIF")
+    with pytest.raises(UnreadableImageError, match="damaged"):
+        load_image(data.replace(b"hvcC", b"skip"))
+
+
 def test_a_heic_without_its_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(plate(), "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

@@ -2,6 +2,7 @@
 from. Nothing is downloaded."""
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -316,6 +317,14 @@ def test_no_weights_are_said_to_be_none() -> None:
     before = copy.deepcopy(model.state_dict())
     assert "random weights" in load_pretrained(model, "mobilenet_v2", "none")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes among its files")
+def test_weights_that_are_no_file_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(WeightsError, match=f"--weights {path}: not a file"):
+            load_pretrained(build_model("mobilenet_v2", 3), "mobilenet_v2", str(path))
 
 
 def bad_weights(tmp_path: Path, harm: str) -> Path:

@@ -13,7 +13,7 @@ from training.data.manifest import MANIFEST_NAME
 from training.errors import CheckpointError
 from training.run import copies as copies_module
 from training.run.checkpoints import load_checkpoint, run_folders, save_checkpoint
-from training.run.copies import CheckpointCopies
+from training.run.copies import CheckpointCopies, check_mounted
 
 
 def save(run_dir: Path, epoch: int) -> Path:
@@ -152,6 +152,12 @@ def test_a_drive_that_is_not_mounted_is_told_before_anything_runs(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"--checkpoint_copy_dir .* is the drive mounted\?"):
         CheckpointCopies(tmp_path, missing).restore()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_place_of_the_drive_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "drive").touch()
+    with pytest.raises(CheckpointError, match=r"--checkpoint_copy_dir .*drive is a file"):
+        check_mounted(tmp_path / "drive")
 
 
 def test_the_newest_is_copied_in_the_background_and_waited_for_at_the_end(
