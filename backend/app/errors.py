@@ -104,7 +104,8 @@ def error_response(
     status, example = ERRORS[code]
     state = scope["state"]
     state["error_code"] = code
-    body = ErrorBody(code=code, detail=detail or example, request_id=state["request_id"])
+    text = (detail or example).encode(errors="backslashreplace").decode()  # a path may be no text
+    body = ErrorBody(code=code, detail=text, request_id=state["request_id"])
     return JSONResponse(body.model_dump(), status, {**HEADERS.get(code, {}), **(headers or {})})
 
 

@@ -515,6 +515,15 @@ def test_reload_needs_the_token(model_dir: Path) -> None:
         assert reload(client).status_code == 200
 
 
+def test_settings_that_are_no_text_are_no_fault_of_the_server(tmp_path: Path) -> None:
+    """Bytes of the environment that are not UTF-8 arrive as lone surrogates."""
+    with serve(tmp_path / "photos\udcff", reload_token="\udcff" * 16) as client:
+        response = client.get("/ready")
+        assert_error(response, 503, "no_model")
+        assert "photos\\udcff" in response.json()["detail"]
+        assert_error(reload(client), 401, "wrong_token")
+
+
 @pytest.mark.slow
 def test_reload_under_load_then_roll_back(two_versions: Path) -> None:
     photo, stop = encode(plate()), threading.Event()
