@@ -26,8 +26,8 @@ from training.data.folders import (
     is_image,
     join_names,
     list_folder,
+    os_reason,
     problem_with,
-    reason_of,
     skip_by_ending,
 )
 from training.data.loader import (
@@ -186,7 +186,7 @@ def _images_within(folder: Path, audit: Audit) -> Iterator[str]:
     try:
         entries = list_folder(folder)
     except OSError as error:
-        audit.skip(folder, reason_of(error))
+        audit.skip(folder, os_reason(error))
         return
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):

@@ -159,7 +159,7 @@ def list_images(folder: Path, audit: Audit) -> list[str]:
     try:
         entries = list_folder(folder)
     except OSError as error:
-        audit.skip(folder, reason_of(error))
+        audit.skip(folder, os_reason(error))
         return []
     images = []
     for entry in entries:
@@ -191,13 +191,13 @@ def problem_with(entry: "os.DirEntry[str]") -> str:
     try:
         status = entry.stat()
     except OSError as error:
-        return reason_of(error)
+        return os_reason(error)
     if not stat.S_ISREG(status.st_mode):
         return NOT_A_FILE
     return "" if status.st_size else "an empty file"
 
 
-def reason_of(error: OSError) -> str:
+def os_reason(error: OSError) -> str:
     """Say what is wrong with one file or folder; what is wrong with its disk is raised again."""
     if _is_of_the_disk(error):
         raise error

@@ -28,7 +28,7 @@ from training.data.folders import (
     list_folder,
     list_images,
     list_subfolders,
-    reason_of,
+    os_reason,
     skip_by_ending,
 )
 from training.data.food101 import clear_stale_parts, download_food101, list_food101
@@ -156,7 +156,7 @@ def _survey(folder: Path, depth: int, audit: Audit) -> None:
     try:
         entries = list_folder(folder)
     except OSError as error:
-        audit.skip(folder, reason_of(error))
+        audit.skip(folder, os_reason(error))
         return
     for entry in entries:
         if is_folder(entry):
@@ -350,5 +350,5 @@ def _try_decoding(path: str) -> tuple[str, str]:
     except ImageError as error:
         return path, str(error)
     except OSError as error:
-        return path, reason_of(error)
+        return path, os_reason(error)
     return path, ""

@@ -30,7 +30,7 @@ from training.release.calibration import (
     given_answers,
     verdict_shares,
 )
-from training.release.export import FORMATS, Forms, Source, export_forms, reason_of
+from training.release.export import FORMS, FormFiles, Source, export_forms, reason_of
 from training.release.metrics import (
     PairedTest,
     PredictionRow,
@@ -67,7 +67,7 @@ class Predictions:
         return self.logits, self.labels, nearest_centroid(self.pooled, centroids).numpy()
 
 
-class Comparison(PairedTest):
+class FormComparison(PairedTest):
     """The validation images answered by the plain network and by another form of it."""
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ class Fit(NamedTuple):
 
     decision: Decision
     centroids: Tensor
-    comparison: Comparison | None = None
+    comparison: FormComparison | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Evaluation:
     """
 
     preprocessing: PreprocessConfig
-    forms: Forms
+    forms: FormFiles
     plain: FormEvaluation
     own: dict[Runtime, FormEvaluation]
     missing: dict[Runtime, str]
@@ -155,7 +155,7 @@ def evaluate_model(
 
     with _memory_shortage_explained():
         with watch.timed("writing the forms"):
-            logger.info("writing the model for %s", ", ".join(FORMATS))
+            logger.info("writing the model for %s", ", ".join(FORMS))
             paths = some_of(data.train, CALIBRATION_IMAGES, config.seed)
             images = read_images(paths, preprocessing, num_workers)
             forms, missing = export_forms(Source(model, config.model_name, preprocessing, images))
@@ -202,7 +202,9 @@ def _memory_shortage_explained() -> Iterator[None]:
 # Networks and their answers -------------------------------------------------------------------
 
 
-def plain_network(model: nn.Module, model_name: str, forms: Forms, device: torch.device) -> Network:
+def plain_network(
+    model: nn.Module, model_name: str, forms: FormFiles, device: torch.device
+) -> Network:
     """Return the network as trained, in what computes it fastest."""
     if device.type == "cpu" and "onnx" in forms:
         return OnnxNetwork(bytes(forms["onnx"]), None)
@@ -210,12 +212,12 @@ def plain_network(model: nn.Module, model_name: str, forms: Forms, device: torch
 
 
 def own_networks(
-    forms: Forms, missing: dict[Runtime, str], images: Tensor
+    forms: FormFiles, missing: dict[Runtime, str], images: Tensor
 ) -> dict[Runtime, Network]:
     """Load the forms whose answers are their own; one that fails on images joins the missing."""
     networks: dict[Runtime, Network] = {}
     for runtime, data in forms.items():
-        if FORMATS[runtime].has_own_answers:
+        if FORMS[runtime].has_own_answers:
             try:
                 network = OnnxNetwork(bytes(data), None)
                 network(images)
@@ -317,7 +319,7 @@ def fit_all(
 ) -> dict[Runtime, Fit]:
     """Fit each network's decision; a form that is not good enough joins the missing instead."""
     fits = {PLAIN: fitted(known[PLAIN], val[PLAIN], num_classes)}
-    for runtime in FORMATS:
+    for runtime in FORMS:
         if runtime in val and runtime != PLAIN:
             try:
                 fit = fitted(known[runtime], val[runtime], num_classes)
@@ -345,10 +347,10 @@ def fitted(known: Predictions, val: Predictions, num_classes: int) -> Fit:
     return Fit(fit_decision(*val.scored(centroids)), centroids)
 
 
-def compared(plain: Predictions, other: Predictions) -> Comparison:
+def compared(plain: Predictions, other: Predictions) -> FormComparison:
     """Compare two networks' answers to the same images."""
     was_right, is_right = (p.logits.argmax(axis=1) == p.labels for p in (plain, other))
-    return Comparison(
+    return FormComparison(
         gained=int((is_right & ~was_right).sum()),
         lost=int((was_right & ~is_right).sum()),
         total=len(was_right),

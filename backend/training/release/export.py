@@ -1,6 +1,6 @@
 """The forms in which a model is released: how each is written, and how closely it must answer.
 
-A form is a row of `FORMATS`, named after the runtime of `app.ml.predictor` that reads it.
+A form is a row of `FORMS`, named after the runtime of `app.ml.predictor` that reads it.
 """
 
 import io
@@ -65,7 +65,7 @@ def export_onnx(source: Source) -> bytes:
         with torch.inference_mode():
             expected = ServedNetwork(source.model, source.model_name).eval()(images)[0]
         difference = float((OnnxNetwork(source.onnx, None)(images)[0] - expected).abs().max())
-        if not difference <= FORMATS["onnx"].tolerance:
+        if not difference <= FORMS["onnx"].tolerance:
             raise VerificationError(f"its logits differ from the network's by up to {difference:g}")
     return source.onnx
 
@@ -102,7 +102,7 @@ def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class Format:
+class Form:
     """One form of the model.
 
     tolerance: how far its logits may be from the trained network's, or, if its answers are its own,
@@ -115,15 +115,15 @@ class Format:
     has_own_answers: bool = False
 
 
-Forms = dict[Runtime, bytes | memoryview]
-FORMATS: dict[Runtime, Format] = {
-    "torch": Format(export_state, tolerance=0.0),
-    "onnx": Format(export_onnx, tolerance=1e-3),
-    "int8": Format(export_int8, tolerance=1e-3, has_own_answers=True),
+FormFiles = dict[Runtime, bytes | memoryview]
+FORMS: dict[Runtime, Form] = {
+    "torch": Form(export_state, tolerance=0.0),
+    "onnx": Form(export_onnx, tolerance=1e-3),
+    "int8": Form(export_int8, tolerance=1e-3, has_own_answers=True),
 }
 
 
-def export_forms(source: Source) -> tuple[Forms, dict[Runtime, str]]:
+def export_forms(source: Source) -> tuple[FormFiles, dict[Runtime, str]]:
     """Write the model in every form; return them, and why others are missing.
 
     Those with answers of their own may be missing, and of a network that was not tried before, all
@@ -132,9 +132,9 @@ def export_forms(source: Source) -> tuple[Forms, dict[Runtime, str]]:
     Raises:
         SaveError: another one cannot be written.
     """
-    forms: Forms = {}
+    forms: FormFiles = {}
     missing: dict[Runtime, str] = {}
-    for runtime, form in FORMATS.items():
+    for runtime, form in FORMS.items():
         try:
             forms[runtime] = form.export(source)
         except Exception as error:
@@ -168,7 +168,7 @@ def check_logits(
     for runtime, wanted in expected.items():
         logits = load_model_for_inference(folder, version, runtime=runtime).logits(images)
         difference = float((logits - wanted).abs().max())
-        allowed = FORMATS[runtime].tolerance
+        allowed = FORMS[runtime].tolerance
         if not difference <= allowed:  # nor may it be NaN
             raise VerificationError(
                 f"the saved model ({runtime}) does not reproduce the logits of the trained one: "

@@ -12,7 +12,7 @@ from training.data.loader import eval_loader
 from training.data.splits import FoodData, Split
 from training.release.evaluation import (
     EVAL_BATCH_SIZE,
-    Comparison,
+    FormComparison,
     nothing_read,
     read_images,
     some_of,
@@ -72,7 +72,7 @@ def quantized(plain: Path, images: Tensor) -> bytes:
     return bytes(converter.quantize(seen).quantized_model)
 
 
-def compared_on(split: Split, predictor: FoodPredictor, path: Path) -> Comparison:
+def compared_on(split: Split, predictor: FoodPredictor, path: Path) -> FormComparison:
     """Compare the answers of a file with the version's.
 
     Raises:
@@ -92,4 +92,4 @@ def compared_on(split: Split, predictor: FoodPredictor, path: Path) -> Compariso
             total += len(labels)
     if not total:
         raise nothing_read(split.paths)
-    return Comparison(gained, lost, total)
+    return FormComparison(gained, lost, total)

@@ -10,7 +10,7 @@ from tests.support.scores import logits_for
 from app.ml.predictor import Runtime
 from training.data.splits import Split
 from training.release.evaluation import (
-    Comparison,
+    FormComparison,
     Predictions,
     compared,
     fit_all,
@@ -37,11 +37,11 @@ from training.release.evaluation import (
 def test_a_form_may_lose_a_point_and_what_chance_explains(
     gained: int, lost: int, total: int, is_worse: bool
 ) -> None:
-    assert Comparison(gained, lost, total).is_worse == is_worse
+    assert FormComparison(gained, lost, total).is_worse == is_worse
 
 
 def test_a_comparison_says_by_how_much() -> None:
-    assert str(Comparison(gained=1, lost=4, total=200)) == (
+    assert str(FormComparison(gained=1, lost=4, total=200)) == (
         "-1.5 points against the plain network on 200 validation images "
         "(1 answers gained, 4 lost, p = 0.38)"
     )
@@ -59,7 +59,9 @@ def predictions(answers: list[int]) -> Predictions:
 def test_the_same_images_are_compared_one_by_one() -> None:
     right = LABELS.tolist()
     first_two_wrong, last_wrong = [1, 1, *right[2:]], [*right[:-1], 0]
-    assert compared(predictions(first_two_wrong), predictions(last_wrong)) == Comparison(2, 1, 100)
+    assert compared(predictions(first_two_wrong), predictions(last_wrong)) == FormComparison(
+        2, 1, 100
+    )
 
 
 def test_a_form_that_is_worse_or_cannot_answer_is_missing_and_the_others_are_fitted() -> None:
@@ -74,7 +76,7 @@ def test_a_form_that_is_worse_or_cannot_answer_is_missing_and_the_others_are_fit
         assert list(fits) == ["torch"] and reason in missing["int8"]
     both = {"torch": plain, "int8": plain}
     fits = fit_all(both, both, 4, missing := {})
-    assert not missing and fits["int8"].comparison == Comparison(0, 0, 100)
+    assert not missing and fits["int8"].comparison == FormComparison(0, 0, 100)
     assert fits["int8"].decision == fitted(plain, plain, 4).decision
     assert fits["torch"].comparison is None
 

@@ -36,7 +36,7 @@ from training.errors import VerificationError
 from training.release import evaluation, release
 from training.release.calibration import fit_decision
 from training.release.evaluation import read_images
-from training.release.export import FORMATS, Format, Source, export_onnx
+from training.release.export import FORMS, Form, Source, export_onnx
 from training.release.release import TrainingResult, release_model
 
 CPU = torch.device("cpu")
@@ -260,12 +260,12 @@ def test_a_form_that_answers_otherwise_is_not_released(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = FORMATS["onnx"]
+    right = FORMS["onnx"]
 
     def of_another(source: Source) -> bytes | memoryview:
         return right.export(perturbed(source))
 
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(right, export=of_another))
+    monkeypatch.setitem(FORMS, "onnx", dataclasses.replace(right, export=of_another))
     with pytest.raises(SaveError, match=r"\(onnx\) does not reproduce the logits") as raised:
         release_model(model, data, trained(), CPU)
     assert isinstance(raised.value.__cause__, VerificationError)
@@ -280,13 +280,13 @@ def test_a_form_is_a_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each runtime that reads one has its row, and a release writes what the table says."""
-    assert set(FORMATS) == set(get_args(Runtime))
-    monkeypatch.delitem(FORMATS, "onnx")
+    assert set(FORMS) == set(get_args(Runtime))
+    monkeypatch.delitem(FORMS, "onnx")
     record = release_model(model, data, trained(), CPU)
     assert record.sha256.keys() == (PLAIN_FILES | INT8_FILES) - {"food_model_v1.onnx"}
     predictor = load_model_for_inference(tmp_path / "models")
     assert predictor.predict(data.test.paths[0]).top
-    assert all(isinstance(form, Format) for form in FORMATS.values())
+    assert all(isinstance(form, Form) for form in FORMS.values())
 
 
 # The INT8 form --------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ def perturbed(source: Source, by: float = 0.01) -> Source:
 def int8_made_by(
     monkeypatch: pytest.MonkeyPatch, export: Callable[[Source], bytes | memoryview]
 ) -> None:
-    monkeypatch.setitem(FORMATS, "int8", dataclasses.replace(FORMATS["int8"], export=export))
+    monkeypatch.setitem(FORMS, "int8", dataclasses.replace(FORMS["int8"], export=export))
 
 
 def test_the_int8_form_has_its_own_temperature_thresholds_and_centroids(
@@ -465,7 +465,7 @@ def test_an_int8_form_that_is_saved_otherwise_is_found(
 def test_a_form_is_calibrated_on_some_training_images_the_same_for_a_seed(
     data: FoodData, model: nn.Module, trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, export = [], FORMATS["int8"].export
+    seen, export = [], FORMS["int8"].export
 
     def noting(source: Source) -> bytes | memoryview:
         seen.append(source.calibration)
