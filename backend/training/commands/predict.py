@@ -37,6 +37,7 @@ from training.data.loader import (
     num_cores,
 )
 from training.errors import DataError
+from training.run.signals import Interrupted, StopRequest
 
 BATCH_SIZE = 32
 PREDICTIONS_CSV = Path("predictions.csv")  # in the current folder: photos may be read-only
@@ -89,7 +90,7 @@ def predict_paths(
     """Predict pictures and folders of them; return the exit code.
 
     shard: predict this share only, to a table of its own. The exit code is 1 if a picture that was
-    named, or every one that was found, cannot be read, and 130 after Ctrl-C.
+    named, or every one that was found, cannot be read, and 128 + N after signal N.
     """
     top_k = min(top_k, len(model.classes))
     paths = [path for pattern in paths for path in expand(pattern)]
@@ -103,11 +104,11 @@ def predict_paths(
         logger.info("%s", line)
     batches = predictions(model, images, top_k, device, reader_processes(num_workers, device))
     try:
-        with contextlib.closing(batches):
+        with contextlib.closing(StopRequest()) as stop, stop.raising(), contextlib.closing(batches):
             unread = write_predictions(table, batches, len(images), top_k)
-    except KeyboardInterrupt:
-        logger.info("stopped; %s holds the predictions so far", table)
-        return 130
+    except Interrupted as interrupted:
+        logger.info("stopped by %s; %s holds the predictions so far", interrupted, table)
+        return interrupted.exit_code
     all_failed = len(unread) == len(images) > 0  # a share of few pictures may be empty
     return 1 if all_failed or unread & set(paths) else 0
 

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -419,16 +420,25 @@ def test_a_table_that_cannot_be_written_is_said_before_predicting(
 
 
 @pytest.mark.usefixtures("photos")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_table_keeps_what_was_answered(
-    model: FoodPredictor, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    model: FoodPredictor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """By Ctrl-C, or by a cluster that wants its machine back."""
+
     def interrupted(*arguments: object) -> object:
         yield next(iter(predictions(*arguments)))  # type: ignore[arg-type]
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(predicting, "predictions", interrupted)
-    assert predict(model, "photos") == 130
+    before = signal.getsignal(number)
+    assert predict(model, "photos") == 128 + number
+    assert signal.getsignal(number) is before
     assert len(rows()) == 4 and rows()[0]["class_1"]
+    assert f"stopped by {number.name}; predictions.csv holds" in caplog.text
 
 
 # Single pictures ------------------------------------------------------------------------------
