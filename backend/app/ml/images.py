@@ -50,6 +50,15 @@ DECODERS: dict[str, type[ImageFile.ImageFile]] = {
     "AVIF": AvifImageFile,
 }
 IMAGE_FORMATS = (*DECODERS, "HEIC")  # as people are told
+# How a photo begins that was packed for a text format or for the way, and as what.
+PACKED = {
+    b"data:": "a data URL",
+    b"/9j/": "base64",
+    b"iVBORw0KGgo": "base64",
+    b"UklGR": "base64",
+    b"R0lGOD": "base64",
+    b"\x1f\x8b": "gzip",
+}
 MAX_ASPECT_RATIO = 20  # 1x10,000 would make "resize the short side to 256" ask for 2 GB
 DRAFT_SIDE = 512  # JPEG and HEIC come at the smallest scale whose short side is at least this
 SCALES = (8, 4, 2, 1)
@@ -125,6 +134,8 @@ def _read(data: bytes) -> Container:
         raise UnreadableImageError("the image file is empty (0 bytes)")
     reader = _reader(data)
     if reader is None:
+        if packed := next((PACKED[start] for start in PACKED if data.startswith(start)), None):
+            raise UnsupportedImageError(f"not an image but {packed}; give the bytes of the image")
         raise UnsupportedImageError(
             f"not an image in a supported format ({', '.join(IMAGE_FORMATS)})"
         )

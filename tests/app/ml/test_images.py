@@ -1,5 +1,7 @@
 """What is opened, and how: formats, orientation, color, transparency, limits, damage."""
 
+import base64
+import gzip
 import io
 import struct
 import sys
@@ -179,6 +181,15 @@ def test_of_several_pictures_in_a_heic_the_primary_one_counts(primary: int) -> N
         burst.add_from_pillow(Image.new("RGB", (64, 64), color))
     burst.save(buffer := io.BytesIO(), primary_index=primary)
     assert np.argmax(pixel(load_image(buffer.getvalue()))) == primary
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF"])
+def test_a_photo_packed_as_something_else_is_named(form: str) -> None:
+    text = base64.b64encode(encoded(plate(), form))
+    url = b"data:image/png;base64," + text
+    for data, name in ((text, "base64"), (url, "a data URL"), (gzip.compress(text), "gzip")):
+        with pytest.raises(UnsupportedImageError, match=f"not an image but {name};"):
+            load_image(data)
 
 
 def test_a_heic_that_lists_no_picture_is_damaged() -> None:
