@@ -171,6 +171,7 @@ class InferenceService:
     def _load(self, version: int | None) -> FoodPredictor:
         settings = self.settings
         try:
+            _check_device(settings.device)
             predictor = load_model_for_inference(
                 settings.model_dir,
                 version,
@@ -213,6 +214,15 @@ def _for_clients(error: Exception, model_dir: Path) -> str:
     if model_dir.is_absolute():
         one_line = one_line.replace(str(model_dir), model_dir.name)
     return FOLDERS.sub("", one_line)
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there or that this PyTorch was not built for."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"NUTRILEARN_DEVICE is {device}: {reason}; set it to cpu") from error
 
 
 def _warm_up(predictor: FoodPredictor) -> None:

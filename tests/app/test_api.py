@@ -515,6 +515,16 @@ def test_reload_needs_the_token(model_dir: Path) -> None:
         assert reload(client).status_code == 200
 
 
+def test_a_device_that_is_not_there_is_named_with_its_setting(model_dir: Path) -> None:
+    for device in ("xpu", "cuda:99999999999999999999"):
+        with serve(model_dir, device=device) as client:
+            response = client.get("/ready")
+            assert_error(response, 503, "no_model")
+            detail = response.json()["detail"]
+            assert detail.startswith(f"NUTRILEARN_DEVICE is {device}: ")
+            assert detail.endswith("; set it to cpu")
+
+
 def test_settings_that_are_no_text_are_no_fault_of_the_server(tmp_path: Path) -> None:
     """Bytes of the environment that are not UTF-8 arrive as lone surrogates."""
     with serve(tmp_path / "photos\udcff", reload_token="\udcff" * 16) as client:
