@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 WEB = Path(__file__).with_name("web")
 # A thread that parses a form keeps the others waiting this long each time; the event loop waits
 # once for each piece of an upload. Python's own 5 ms become half a second for /health.
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.0001
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
     "connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "

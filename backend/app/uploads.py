@@ -36,7 +36,7 @@ class FieldError(ValueError):
     """A field of a form that is missing, or not what it should be."""
 
 
-Body = list[bytearray]
+Body = list[bytes | bytearray]
 
 
 class UploadMemory:
@@ -60,9 +60,12 @@ class UploadMemory:
             async for piece in request.stream():
                 if self.held + len(piece) > self.max_bytes:
                     raise OverloadedError("too many uploads are under way; try again in a moment")
-                if not body or len(body[-1]) >= BLOCK:
-                    body.append(bytearray())
-                body[-1] += piece
+                if len(piece) >= BLOCK:
+                    body.append(piece)
+                elif body and isinstance(body[-1], bytearray) and len(body[-1]) < BLOCK:
+                    body[-1] += piece
+                else:
+                    body.append(bytearray(piece))
                 size += len(piece)
                 self._hold(len(piece))
             yield body
