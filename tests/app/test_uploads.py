@@ -18,7 +18,7 @@ from app.inference import OverloadedError
 from app.main import create_app
 from app.metrics import Metrics
 from app.settings import Settings
-from app.uploads import Body, MalformedFormError, NoPhotoError, UploadMemory, take_photo
+from app.uploads import BLOCK, Body, MalformedFormError, NoPhotoError, UploadMemory, take_photo
 
 PATH = "/api/v1/predict"
 FORM = "multipart/form-data; boundary=edge"
@@ -183,6 +183,21 @@ def request_of(*pieces: bytes) -> Request:
         return messages.pop(0)
 
     return Request({"type": "http", "method": "POST", "headers": []}, receive)
+
+
+@given(st.lists(st.integers(1, 200_000), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_a_body_is_kept_whole_in_few_blocks(sizes: list[int]) -> None:
+    """Pieces as they come from the network, small and large."""
+    pieces = [bytes([number]) * size for number, size in enumerate(sizes)]
+
+    async def kept() -> tuple[bytes, int]:
+        async with UploadMemory(10**9, Metrics()).body_of(request_of(*pieces)) as body:
+            return b"".join(body), len(body)
+
+    whole, blocks = asyncio.run(kept())
+    assert whole == b"".join(pieces)
+    assert blocks <= 2 + 2 * (len(whole) // BLOCK)
 
 
 def test_all_bodies_together_are_bounded() -> None:
