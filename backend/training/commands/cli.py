@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from app.ml.artifacts import ArtifactError, ModelRecord
 from app.ml.model import WeightsError
@@ -128,92 +129,6 @@ def new_version(
     return train(config, command)
 
 
-def make_cli(description: str | None) -> argparse.ArgumentParser:
-    """The flags of TrainingConfig, and those that use a model rather than train one."""
-    parser = make_parser(description)
-    using = parser.add_argument_group("using a model")
-    using.add_argument(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
-        help="say what is on these pictures, or on all pictures in these folders (a table in "
-        "predictions.csv)",
-    )
-    using.add_argument(*flag_names("top_k"), type=int, default=3, help="answers per picture (3)")
-    using.add_argument(
-        *flag_names("shard"),
-        type=shard,
-        metavar="SHARD",
-        help="predict only this share of the pictures, I/N with I from 0 to N-1, each on a machine "
-        "(a table in predictions-I-of-N.csv)",
-    )
-    using.add_argument(
-        *flag_names("model_version"),
-        type=version_number,
-        metavar="VERSION",
-        help="the version to use (default: the current one)",
-    )
-    using.add_argument(
-        "--compare",
-        nargs=2,
-        type=version_number,
-        metavar="VERSION",
-        help="how the second version differs from the first on the test images of both",
-    )
-    using.add_argument(
-        "--audit",
-        action="store_true",
-        help="list the photos whose labels look wrong, to correct them in a page",
-    )
-    using.add_argument(
-        "--promote",
-        type=version_number,
-        metavar="VERSION",
-        help="make this version, newer or older, the current one, which servers load",
-    )
-    using.add_argument(
-        "--average",
-        nargs="+",
-        type=version_number,
-        metavar="VERSION",
-        help="release the mean of the weights of those of these versions that improve it",
-    )
-    using.add_argument(
-        "--export",
-        type=version_number,
-        metavar="VERSION",
-        help="write this version for other runtimes, into exports/ in the folder of the model",
-    )
-    using.add_argument(
-        "--format",
-        choices=list(FORMATS),
-        metavar="FORMAT",
-        help=f"of --export: {', '.join(FORMATS)}",
-    )
-    using.add_argument(
-        *flag_names("sync_mlflow"),
-        metavar="RUN_DIR",
-        help="bring MLflow up to date with a run's record (--tracking_uri: in this store)",
-    )
-    return parser
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Refuse options that are wrong in themselves or together."""
-    if options.top_k < 1:
-        raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
-    if options.shard and not options.predict:
-        raise ConfigError(f"--shard {options.shard}: goes with --predict")
-    commands = ("predict", "compare", "audit", "promote", "average", "export", "sync_mlflow")
-    asked = [f"--{name}" for name in commands if getattr(options, name) not in (None, False)]
-    if len(asked) > 1:
-        raise ConfigError(f"{' and '.join(asked)}: one at a time")
-    if options.dry_run and asked:  # it would not be one: --promote promotes
-        raise ConfigError(f"--dry_run with {asked[0]}: only training has a dry run; leave it out")
-    if (options.export is None) != (options.format is None):
-        raise ConfigError(f"--export VERSION and --format ({', '.join(FORMATS)}) go together")
-
-
 def version_number(text: str) -> int:
     """Parse "N" or "vN"."""
     digits = text.removeprefix("v")
@@ -231,6 +146,78 @@ def shard(text: str) -> Shard:
             f"{text}: must be I/N with I from 0 to N-1, such as 0/8 for the first of eight shares"
         )
     return Shard(*numbers)
+
+
+VERSION: dict[str, Any] = {"type": version_number, "metavar": "VERSION"}
+# The flags that use a model rather than train one, as argparse takes them.
+USING: dict[str, dict[str, Any]] = {
+    "predict": {
+        "nargs": "+",
+        "metavar": "PATH",
+        "help": "say what is on these pictures, or on all pictures in these folders (a table in "
+        "predictions.csv)",
+    },
+    "top_k": {"type": int, "default": 3, "help": "answers per picture (3)"},
+    "shard": {
+        "type": shard,
+        "metavar": "SHARD",
+        "help": "predict only this share of the pictures, I/N with I from 0 to N-1, each on a "
+        "machine (a table in predictions-I-of-N.csv)",
+    },
+    "model_version": VERSION | {"help": "the version to use (default: the current one)"},
+    "compare": VERSION
+    | {
+        "nargs": 2,
+        "help": "how the second version differs from the first on the test images of both",
+    },
+    "audit": {
+        "action": "store_true",
+        "help": "list the photos whose labels look wrong, to correct them in a page",
+    },
+    "promote": VERSION
+    | {"help": "make this version, newer or older, the current one, which servers load"},
+    "average": VERSION
+    | {
+        "nargs": "+",
+        "help": "release the mean of the weights of those of these versions that improve it",
+    },
+    "export": VERSION
+    | {"help": "write this version for other runtimes, into exports/ in the folder of the model"},
+    "format": {
+        "choices": list(FORMATS),
+        "metavar": "FORMAT",
+        "help": f"of --export: {', '.join(FORMATS)}",
+    },
+    "sync_mlflow": {
+        "metavar": "RUN_DIR",
+        "help": "bring MLflow up to date with a run's record (--tracking_uri: in this store)",
+    },
+}
+
+
+def make_cli(description: str | None) -> argparse.ArgumentParser:
+    """The flags of TrainingConfig, and those of `USING`."""
+    parser = make_parser(description)
+    using = parser.add_argument_group("using a model")
+    for name, options in USING.items():
+        using.add_argument(*flag_names(name), **options)
+    return parser
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that are wrong in themselves or together."""
+    if options.top_k < 1:
+        raise ConfigError(f"--top_k {options.top_k}: must be a whole number, 1 or more")
+    if options.shard and not options.predict:
+        raise ConfigError(f"--shard {options.shard}: goes with --predict")
+    commands = ("predict", "compare", "audit", "promote", "average", "export", "sync_mlflow")
+    asked = [f"--{name}" for name in commands if getattr(options, name) not in (None, False)]
+    if len(asked) > 1:
+        raise ConfigError(f"{' and '.join(asked)}: one at a time")
+    if options.dry_run and asked:  # it would not be one: --promote promotes
+        raise ConfigError(f"--dry_run with {asked[0]}: only training has a dry run; leave it out")
+    if (options.export is None) != (options.format is None):
+        raise ConfigError(f"--export VERSION and --format ({', '.join(FORMATS)}) go together")
 
 
 def set_up_output() -> None:
