@@ -278,8 +278,7 @@ def test_every_line_of_the_log_is_json(server: LiveServer, photo: bytes) -> None
 def test_the_client_behind_a_proxy_is_logged(server: LiveServer) -> None:
     headers = {"X-Forwarded-For": "203.0.113.7", "X-Request-ID": "proxied"}
     httpx2.get(f"{server.url}/health", headers=headers)
-    (line,) = [line for line in server.lines() if line.get("request_id") == "proxied"]
-    assert line["client"] == "203.0.113.7"
+    assert server.line_of("proxied")["client"] == "203.0.113.7"
 
 
 # What it uses of the machine ------------------------------------------------------------------

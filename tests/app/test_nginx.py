@@ -116,8 +116,7 @@ def test_the_server_knows_its_client(url: str, server: LiveServer) -> None:
     response = httpx2.get(f"{url}/health", headers=headers)
     request_id = response.headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", request_id)
-    (line,) = [line for line in server.lines() if line.get("request_id") == request_id]
-    assert line["client"] == "203.0.113.7"
+    assert server.line_of(request_id)["client"] == "203.0.113.7"
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

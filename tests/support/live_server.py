@@ -32,6 +32,17 @@ class LiveServer:
         """The log; fails where a line is not JSON."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
+    def line_of(self, request_id: str) -> dict[str, Any]:
+        """The line of a request; it is written after the answer was sent."""
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            # The last line may be half written.
+            for line in self.log.read_text().splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line).get("request_id") == request_id:
+                    return dict(json.loads(line))
+            time.sleep(0.01)
+        raise AssertionError(f"no line of {request_id}:\n{self.log.read_text()}")
+
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
