@@ -60,6 +60,7 @@ def __getattr__(name: str) -> FastAPI:
     # in which nothing else was done.
     gc.collect()
     gc.freeze()
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         return create_app()
     except SettingsError as error:
@@ -114,7 +115,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     found = {"cores": num_cores(), "cpu_quota": cpu_quota()}
     chosen = {"workers": settings.workers, "threads": settings.threads}
     logger.info("starting", extra={"fields": found | chosen})
-    sys.setswitchinterval(SWITCH_SECONDS)
     with suppress(ModelLoadError):  # logged; /ready says it too
         await service.load()
     if store := app.state.feedback:
