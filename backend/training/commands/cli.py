@@ -65,10 +65,8 @@ def run_command_line(
     try:
         config = config_from_args(options)
         check_options(options)
-        if options.audit:
-            logger.info("audit    %s", audit_labels(config, load_data(config)))
-            return 0
-        return run_command(options, config, shown([*script, *arguments]), train, dry_run)
+        command = shown([*script, *arguments])
+        return run_command(options, config, command, load_data, train, dry_run)
     except ConfigError as error:
         parser.error(without_password(str(error)))
     except Interrupted as interrupted:
@@ -95,7 +93,12 @@ def run_command_line(
 
 
 def run_command(
-    options: argparse.Namespace, config: TrainingConfig, command: str, train: Train, dry_run: DryRun
+    options: argparse.Namespace,
+    config: TrainingConfig,
+    command: str,
+    load_data: LoadData,
+    train: Train,
+    dry_run: DryRun,
 ) -> int:
     """Run the one command that the options name; training is the default."""
     if options.sync_mlflow:
@@ -104,6 +107,8 @@ def run_command(
         return predict(options, config)
     if options.compare:
         logger.info("comparison %s", compare_versions(config.output_dir, *options.compare))
+    elif options.audit:
+        logger.info("audit    %s", audit_labels(config, load_data(config)))
     elif options.promote is not None:
         promote_version(config.output_dir, options.promote)
         follow_in_mlflow(options, config)
