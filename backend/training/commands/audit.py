@@ -8,7 +8,7 @@ import contextlib
 import csv
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def audit_labels(config: TrainingConfig, data: FoodData) -> Path:
         DataError: no photo can be read, or the page cannot be written.
     """
     photos = read_photos(config, data)
-    reviewed = set(read_labels(config.labels)) if config.labels else set()
+    reviewed = read_labels(config.labels) if config.labels else {}
     findings = [
         finding
         for finding in find(photos, data.classes, config.seed)
@@ -102,7 +102,7 @@ def audit_labels(config: TrainingConfig, data: FoodData) -> Path:
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         _write_table(config.output_dir / TABLE_NAME, findings, photos, data.classes)
-        _write_page(page, findings, photos, data, config)
+        _write_page(page, findings, photos, data, reviewed, config.model_name)
     except OSError as error:
         raise DataError(f"{page} cannot be written ({error.strerror}); see --output_dir") from error
     return page
@@ -278,7 +278,8 @@ def _write_page(
     findings: Sequence[Finding],
     photos: Photos,
     data: FoodData,
-    config: TrainingConfig,
+    reviewed: Mapping[str, str],
+    model_name: str,
 ) -> None:
     write_page(
         path,
@@ -287,9 +288,9 @@ def _write_page(
         num_found=len(findings),
         num_photos=len(photos.paths),
         source=data.audit["source"],
-        model_name=config.model_name,
+        model_name=model_name,
         classes=data.classes,
-        before=read_labels(config.labels) if config.labels else {},
+        before=reviewed,
         drop=DROP,
     )
 
