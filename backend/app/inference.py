@@ -22,7 +22,7 @@ import torch
 from app.answers import RecentAnswers
 from app.metrics import Metrics
 from app.ml.activation import ActivationMap, MapMaker
-from app.ml.artifacts import CONFIG_NAME, ModelRecord
+from app.ml.artifacts import CONFIG_NAME, ModelRecord, reason_of
 from app.ml.predictor import FoodPredictor, Prediction, load_model_for_inference
 from app.settings import Settings
 
@@ -210,7 +210,7 @@ class InferenceService:
 
 def _for_clients(error: Exception, model_dir: Path) -> str:
     """Say in one line what went wrong, without the folders of this machine."""
-    one_line = " ".join(str(error).split()) or type(error).__name__  # PyTorch's have several
+    one_line = reason_of(error)
     if model_dir.is_absolute():
         one_line = one_line.replace(str(model_dir), model_dir.name)
     return FOLDERS.sub("", one_line)

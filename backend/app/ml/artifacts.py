@@ -362,13 +362,16 @@ def _release_lock(output_dir: Path) -> Iterator[None]:
             yield
     except (OSError, RuntimeError, ValueError, ImportError, MemoryError) as error:
         raise SaveError(
-            f"the model could not be saved in {output_dir}: {_in_one_line(error)}; "
+            f"the model could not be saved in {output_dir}: {reason_of(error)}; "
             "earlier versions are untouched"
         ) from error
 
 
-def _in_one_line(error: Exception) -> str:
-    return "out of memory" if isinstance(error, MemoryError) else " ".join(str(error).split())
+def reason_of(error: Exception) -> str:
+    """Say what went wrong, in one line."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _next_number(output_dir: Path) -> int:

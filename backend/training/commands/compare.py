@@ -123,7 +123,7 @@ def compare(old: VersionTest, new: VersionTest) -> Comparison:
         )
     hits = np.array([[t.answers[p].correct for p in paths] for t in (old, new)])  # (2, N)
     is_gained, is_lost = ~hits[0] & hits[1], hits[0] & ~hits[1]
-    test = PairedTest(int(is_gained.sum()), int(is_lost.sum()), len(paths))
+    test = PairedTest.of(*hits)
     return {
         "versions": (_scores(old, paths), _scores(new, paths)),
         "num_images": test.total,

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from app.ml.artifacts import ArtifactError, read_record
+from app.ml.artifacts import ArtifactError, read_record, reason_of
 from app.ml.predictor import load_model_for_inference
 from training.commands.average import photos_of_version
 from training.compute.devices import prepare_machine
 from training.config import TrainingConfig
-from training.release.export import reason_of
 from training.release.hub import export_hub
 from training.release.standalone import ExportError
 from training.release.standalone_formats import (

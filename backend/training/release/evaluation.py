@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import Decision, SaveError
+from app.ml.artifacts import Decision, SaveError, reason_of
 from app.ml.drift import AnswerSummary, sum_up
 from app.ml.forms import Runtime
 from app.ml.predictor import OnnxNetwork, TorchNetwork, nearest_centroid
@@ -30,7 +30,7 @@ from training.release.calibration import (
     given_answers,
     verdict_shares,
 )
-from training.release.export import FORMS, FormFiles, Source, export_forms, reason_of
+from training.release.export import FORMS, FormFiles, Source, export_forms
 from training.release.metrics import (
     PairedTest,
     PredictionRow,
@@ -350,11 +350,7 @@ def fitted(known: Predictions, val: Predictions, num_classes: int) -> Fit:
 def compared(plain: Predictions, other: Predictions) -> FormComparison:
     """Compare two networks' answers to the same images."""
     was_right, is_right = (p.logits.argmax(axis=1) == p.labels for p in (plain, other))
-    return FormComparison(
-        gained=int((is_right & ~was_right).sum()),
-        lost=int((was_right & ~is_right).sum()),
-        total=len(was_right),
-    )
+    return FormComparison.of(was_right, is_right)
 
 
 def tested_form(

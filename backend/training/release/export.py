@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import SaveError, state_bytes
+from app.ml.artifacts import SaveError, reason_of, state_bytes
 from app.ml.forms import Runtime
 from app.ml.model import BACKBONES, ServedNetwork, inference_copy
 from app.ml.predictor import OnnxNetwork, load_model_for_inference
@@ -146,13 +146,6 @@ def export_forms(source: Source) -> tuple[FormFiles, dict[Runtime, str]]:
                 ) from error
             missing[runtime] = f"it could not be made: {reason}"
     return forms, missing
-
-
-def reason_of(error: Exception) -> str:
-    """Say what went wrong, in one line."""
-    if isinstance(error, MemoryError):
-        return "out of memory"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def check_logits(

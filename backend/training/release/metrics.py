@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
@@ -148,6 +148,9 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return min(share, float(low)), max(share, float(high))
 
 
+Paired = TypeVar("Paired", bound="PairedTest")
+
+
 @dataclass(frozen=True)
 class PairedTest:
     """The same images answered by two models.
@@ -158,6 +161,12 @@ class PairedTest:
     gained: int
     lost: int
     total: int
+
+    @classmethod
+    def of(cls: type[Paired], first: np.ndarray, second: np.ndarray) -> Paired:
+        """Count from whether each model is right, bool (N,), in the same order."""
+        gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+        return cls(gained, lost, len(first))
 
     @property
     def change(self) -> float:

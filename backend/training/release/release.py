@@ -26,6 +26,7 @@ from app.ml.artifacts import (
     make_current,
     new_version,
     read_record,
+    reason_of,
     state_bytes,
 )
 from app.ml.drift import RECORD_KEY
@@ -41,7 +42,7 @@ from training.release.evaluation import (
     evaluate_model,
     read_images,
 )
-from training.release.export import check_logits, reason_of
+from training.release.export import check_logits
 from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME
 from training.release.promotion import is_worse_than_current, read_test
 from training.release.report import FormFacts, ReportFacts, write_model_card, write_report

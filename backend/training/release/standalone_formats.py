@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import file_name, read_checked
+from app.ml.artifacts import file_name, read_checked, read_record, reason_of
 from app.ml.durable import write_durably
 from app.ml.forms import FORM_SUFFIXES, Runtime
 from app.ml.model import BACKBONES
 from app.ml.predictor import FoodPredictor, OnnxNetwork, forms_of, load_model_for_inference
-from training.release.export import reason_of
 from training.release.standalone import (
     INPUT,
     NEARLY_SAME,
@@ -107,13 +106,13 @@ def network_of(predictor: FoodPredictor) -> StandaloneNetwork:
 
 def export_onnx(model_dir: Path, version: int, folder: Path) -> list[Exported]:
     """Write the version's own ONNX and INT8 files with the pixels before and the answers behind."""
-    record = load_model_for_inference(model_dir, version, runtime="onnx").record
-    runtimes: list[Runtime] = [runtime for runtime in forms_of(record) if runtime != "torch"]
+    others = [runtime for runtime in forms_of(read_record(model_dir, version)) if runtime != "onnx"]
+    runtimes: list[Runtime] = ["onnx", *(runtime for runtime in others if runtime != "torch")]
     exported = []
     for runtime in runtimes:
         predictor = load_model_for_inference(model_dir, version, runtime=runtime)
         name = file_name(version, FORM_SUFFIXES[runtime])
-        data = standalone_onnx(read_checked(model_dir, name, record), predictor)
+        data = standalone_onnx(read_checked(model_dir, name, predictor.record), predictor)
         write_durably(folder / name, data)
         write_facts(folder / name, predictor)
         exported.append(checked(folder / name, predictor, onnx_runner(data), SAME))

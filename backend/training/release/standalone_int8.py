@@ -79,17 +79,14 @@ def compared_on(split: Split, predictor: FoodPredictor, path: Path) -> FormCompa
         SaveError: no image can be read.
     """
     run, config = litert_runner(path), predictor.record.preprocessing
-    gained = lost = total = 0
+    rights: list[Tensor] = []  # (2, N): whether the version and the file are right
     loader = eval_loader(split.paths, config, EVAL_BATCH_SIZE, 0, torch.device("cpu"))
     with contextlib.closing(loader):
         for batch in loader:
             labels = torch.from_numpy(split.labels)[batch.indices]
             answers = run(batch.images.permute(0, 2, 3, 1).contiguous()).probabilities
-            is_right = answers.argmax(dim=1) == labels
-            was_right = predictor.logits(batch.images).argmax(dim=1) == labels
-            gained += int((is_right & ~was_right).sum())
-            lost += int((was_right & ~is_right).sum())
-            total += len(labels)
-    if not total:
+            given = torch.stack([predictor.logits(batch.images), answers])
+            rights.append(given.argmax(dim=2) == labels)
+    if not sum(right.shape[1] for right in rights):
         raise nothing_read(split.paths)
-    return FormComparison(gained, lost, total)
+    return FormComparison.of(*torch.cat(rights, dim=1).numpy())

@@ -17,9 +17,17 @@ from typing import Any
 from PIL import Image
 
 CORE = Path(__file__).resolve().parents[2] / "app" / "ml"
-REQUIREMENTS = (  # those of app.ml; MLflow adds itself, and with it pandas
-    *("torch", "torchvision", "timm", "numpy", "pillow", "pillow-heif", "filelock", "onnxruntime"),
-)
+# Those of app.ml; MLflow adds itself, and with it pandas.
+REQUIREMENTS = [
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "pillow",
+    "pillow-heif",
+    "filelock",
+    "onnxruntime",
+]
 CONFIG = {"runtime": "auto", "device": "cpu", "num_threads": None}
 PROVIDERS = ["CPUExecutionProvider"]
 COLUMN, TOP_K = "image", 3  # as in app.ml.pyfunc, which imports PyTorch

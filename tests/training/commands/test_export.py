@@ -217,14 +217,7 @@ def run_export(folder: Path, format: str, model_name: str, photos: Path | None =
     release_model(folder, CLASSES, model_name, run="run")
     if photos:
         (folder / "run").mkdir()
-        data = load_food_data(
-            photos,
-            custom_data_dir=None,
-            classes=None,
-            images_per_class=None,
-            train_split=0.8,
-            seed=1,
-        )
+        data = load_food_data(photos, seed=1)
         write_manifest(folder / "run", data)
     command = [sys.executable, train_model.__file__, *arguments(folder, format)]
     command += ["--checkpoint_dir", str(folder)]

@@ -26,14 +26,7 @@ def predictor(tmp_path: Path) -> FoodPredictor:
 
 @pytest.fixture(scope="module")
 def data(photos: Path) -> FoodData:
-    return load_food_data(
-        photos,
-        custom_data_dir=None,
-        classes=None,
-        images_per_class=None,
-        train_split=0.8,
-        seed=1,
-    )
+    return load_food_data(photos, seed=1)
 
 
 def export(
