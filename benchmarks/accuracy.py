@@ -29,6 +29,7 @@ from typing import Any
 import alternating
 import numpy as np
 import torch
+from run_of_setting import parse_fields
 
 from app.ml.artifacts import ModelRecord, read_centroids, read_record, read_state
 from app.ml.model import build_model
@@ -53,10 +54,10 @@ FINISHED = "model_config.json"  # the last file of a release
 
 @dataclass(frozen=True)
 class Setting:
-    """A name, and what differs from the defaults."""
+    """A name, and what differs from the defaults, each as FIELD=VALUE."""
 
     name: str
-    fields: dict[str, Any]
+    pairs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,11 @@ def parse_setting(text: str) -> Setting:
         ValueError: no such field, or a value that it does not take.
     """
     name, *pairs = shlex.split(text)
-    known, fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}, {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        if key not in known:
-            raise ValueError(f"{name}: TrainingConfig has no field {key!r}")
-        fields[key] = known[key].metadata["type"].parse(value)
-    TrainingConfig(**fields)
-    return Setting(name, fields)
+    try:
+        TrainingConfig(**parse_fields(pairs))
+    except ValueError as error:
+        raise ValueError(f"--setting {name}: {error}") from error
+    return Setting(name, tuple(pairs))
 
 
 def train(setting: Setting, seed: int, folder: Path, options: argparse.Namespace) -> None:
@@ -123,7 +121,7 @@ def train(setting: Setting, seed: int, folder: Path, options: argparse.Namespace
     flags = [f"--data_dir={options.data_dir}", f"--seed={seed}", "--no_mlflow", "--resume=auto"]
     flags += [f"--output_dir={folder / 'ml-models'}", f"--checkpoint_dir={folder / 'checkpoints'}"]
     script = Path(__file__).with_name("run_of_setting.py")
-    command = [sys.executable, str(script), json.dumps(setting.fields), *flags]
+    command = [sys.executable, str(script), shlex.join(setting.pairs), *flags]
     before = os.times()
     with (folder / "log").open("a") as log:
         subprocess.run([*command, *shlex.split(options.flags)], stdout=log, stderr=log, check=True)

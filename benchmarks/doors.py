@@ -127,9 +127,10 @@ def spark(folder: Path) -> Iterator[Ask]:
     from pyspark.sql import SparkSession
 
     os.environ["PYSPARK_PYTHON"] = sys.executable
-    local = {"spark.ui.enabled": "false", "spark.driver.host": "127.0.0.1"}
-    local["spark.driver.bindAddress"] = "127.0.0.1"
-    session = SparkSession.builder.master("local[1]").config(map=local).getOrCreate()
+    builder = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+    for name in ("spark.driver.host", "spark.driver.bindAddress"):
+        builder = builder.config(name, "127.0.0.1")
+    session = builder.getOrCreate()
     config = {"runtime": "onnx", "num_threads": 1}
     params = {"top_k": num_classes(folder)}
     answer = mlflow.pyfunc.spark_udf(session, str(folder), params=params, model_config=config)

@@ -83,7 +83,8 @@ class WholeNetwork:
     ) -> None:
         layout = torch.contiguous_format if precision == "fp32" else torch.channels_last
         self.device, self.dtype, self.layout = device, DTYPES[precision], layout
-        self.model = build_model(config.model_name, num_classes).to(device, memory_format=layout)
+        self.model = build_model(config.model_name, num_classes).to(device)
+        self.model.to(memory_format=layout)
         for _, layer in backbone(config.model_name).layers(self.model)[: int(config.freeze_layers)]:
             layer.requires_grad_(False)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -149,10 +150,7 @@ def throughput_of(bench: "Bench", name: str, size: int, precision: str) -> None:
     batch = Pictures(size, config, classes)
     for title, other_precision in (("usual loop, fp32", "fp32"), (f"timm, {precision}", precision)):
         other = WholeNetwork(config, classes, device, other_precision)
-        works = [
-            repeated(side.update, batch, bench.repeats, device)  # type: ignore[attr-defined]
-            for side in (other, ours)
-        ]
+        works = [repeated(side.update, batch, bench.repeats, device) for side in (other, ours)]
         result = alternating.compare(works[0], works[1], bench.rounds)
         alternating.report(f"{name}, batch {size}: {title}", "images/s", result)
     ours.loop.close()

@@ -197,8 +197,7 @@ def outputs(model: FoodPredictor, images: list[Image.Image | Path]) -> tuple[Ten
         pixels = model.preprocess(image).unsqueeze(0)
         logits, pooled = model.network(normalize(pixels, model.record.preprocessing))
         results.append((logits, nearest_centroid(pooled, model.centroids)))
-    logits, similarities = zip(*results, strict=True)
-    return torch.cat(logits), torch.cat(similarities)
+    return torch.cat([logits for logits, _ in results]), torch.cat([s for _, s in results])
 
 
 def save_images(kinds: dict[str, list[Image.Image]], folder: Path) -> None:

@@ -1,12 +1,14 @@
 """One training of accuracy.py: the command line, with values for fields that have no flag.
 
-run_of_setting.py FIELDS_AS_JSON FLAGS...
+run_of_setting.py "FIELD=VALUE FIELD=VALUE" FLAGS...
 """
 
 import dataclasses
-import json
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "backend"))
@@ -17,10 +19,26 @@ from training.commands.cli import run_command_line
 from training.config import TrainingConfig
 
 
+def parse_fields(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read values for fields of TrainingConfig.
+
+    Raises:
+        ValueError: no such field, or a value that it does not take.
+    """
+    known, fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}, {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"TrainingConfig has no field {name!r}")
+        fields[name] = known[name].metadata["type"].parse(value)
+    return fields
+
+
 def train(config: TrainingConfig, command: str) -> ModelRecord | None:
-    fields = json.loads(sys.argv[1])
+    fields = parse_fields(shlex.split(sys.argv[1]))
     return train_model.train(dataclasses.replace(config, **fields), command)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command_line(sys.argv[2:], __doc__, train, train_model.dry_run))
+    commands = train_model.load_data, train, train_model.dry_run
+    sys.exit(run_command_line(sys.argv[2:], __doc__, *commands))

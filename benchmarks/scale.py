@@ -80,8 +80,8 @@ def main() -> None:
         for number in options.images:
             place = Path(folder) / str(number)
             make_tree(place, number, drawn)
-            again = [sys.executable, __file__, "--start", place, place / "run", str(time.time())]
-            subprocess.run(again, check=True)
+            again = [sys.executable, __file__, "--start", str(place), str(place / "run")]
+            subprocess.run([*again, str(time.time())], check=True)
 
 
 if __name__ == "__main__":

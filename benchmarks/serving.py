@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -102,7 +102,11 @@ class Server:
 
 @contextmanager
 def running(
-    name: str, arguments: list[str], folder: Path, group: Path | None = None, **environment: str
+    name: str,
+    arguments: list[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    group: Path | None = None,
 ) -> Iterator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,10 +151,11 @@ def nutrilearn(
     group: Path | None = None,
     backend: Path = ROOT / "backend",
     name: str = "NutriLearn",
-    **more: str,
+    settings: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    environment = {"NUTRILEARN_MODEL_DIR": str(model_dir), "NUTRILEARN_RELOAD_TOKEN": TOKEN, **more}
-    with running(name, ["app.main:app"], backend, group, **environment) as server:
+    environment = {"NUTRILEARN_MODEL_DIR": str(model_dir), "NUTRILEARN_RELOAD_TOKEN": TOKEN}
+    environment |= settings or {}
+    with running(name, ["app.main:app"], backend, environment, group) as server:
         yield server
 
 
@@ -158,7 +163,7 @@ def nutrilearn(
 def minimal(model_dir: Path) -> Iterator[Server]:
     arguments = ["--factory", "serving:minimal_app"]
     environment = {MODEL_DIR_VARIABLE: str(model_dir)}
-    with running("minimal", arguments, Path(__file__).parent, **environment) as server:
+    with running("minimal", arguments, Path(__file__).parent, environment) as server:
         yield server
 
 
@@ -423,7 +428,7 @@ def _limited(
 ) -> Load:
     with ExitStack() as stack:
         group = stack.enter_context(cpu_group(limit)) if limit else None
-        server = stack.enter_context(nutrilearn(options.model_dir, group, **environment))
+        server = stack.enter_context(nutrilearn(options.model_dir, group, settings=environment))
         asyncio.run(load(server, photos, 8, Stop(requests=16)))  # warm
         before = asyncio.run(process_metric(server, "cpu_seconds_total"))
         result = asyncio.run(load(server, photos, 8, Stop(seconds=options.seconds)))
