@@ -169,10 +169,10 @@ async def food(class_name: str, service: Service) -> Food:
 async def model(service: Service) -> ModelInfo:
     if service.predictor is None:
         raise ModelMissingError(service.problem)
-    return _model_info(service.predictor, service)
+    return model_info(service.predictor, service)
 
 
-def _model_info(predictor: FoodPredictor, service: InferenceService) -> ModelInfo:
+def model_info(predictor: FoodPredictor, service: InferenceService) -> ModelInfo:
     record = predictor.record
     return ModelInfo(
         version=record.version,
@@ -240,7 +240,7 @@ async def reload_model(
 ) -> ModelInfo:
     """The new model is verified beside the old one, which keeps serving if it fails."""
     try:
-        return _model_info(await service.load(version), service)
+        return model_info(await service.load(version), service)
     except ModelLoadError as error:
         old = service.predictor
         remaining = f"version {old.record.version} keeps serving" if old else "nothing is served"

@@ -181,7 +181,7 @@ class InferenceService:
             )
             _warm_up(predictor)
         except Exception as error:  # onnxruntime's errors have no common base but this one
-            raise ModelLoadError(_for_clients(error, settings.model_dir)) from error
+            raise ModelLoadError(for_clients(error, settings.model_dir)) from error
         return predictor
 
     async def watch(self) -> None:
@@ -208,7 +208,7 @@ class InferenceService:
         self._pool = self._new_pool()  # has no threads until it is asked
 
 
-def _for_clients(error: Exception, model_dir: Path) -> str:
+def for_clients(error: Exception, model_dir: Path) -> str:
     """Say in one line what went wrong, without the folders of this machine."""
     one_line = reason_of(error)
     if model_dir.is_absolute():

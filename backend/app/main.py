@@ -36,6 +36,7 @@ from app.logs import log_to_stderr
 from app.metrics import Metrics
 from app.middleware import NamedOrigins, RequestMiddleware, RunningRequests
 from app.ml.machine import cpu_quota, num_cores
+from app.offline import offline_routes
 from app.settings import Settings, SettingsError, load_settings
 from app.uploads import UploadMemory
 
@@ -88,6 +89,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.feedback_rate = RateLimit(settings.feedback_per_minute)
     for routes in (router, feedback, review):
         app.include_router(routes)
+    if settings.offline_dir:  # before the page that needs the server
+        app.include_router(offline_routes(WEB, PAGE_POLICY, settings.offline_dir))
     app.mount("/static", StaticFiles(directory=WEB), name="static")
     app.add_api_route("/", partial(_page, "index.html"), include_in_schema=False)
     app.add_api_route("/review", partial(_page, "review.html"), include_in_schema=False)

@@ -27,6 +27,11 @@ FOREIGN = re.compile(
 )
 ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[^\s/?#@:*\[\]]+)(:\d{1,5})?")
 DEFAULT_PORTS = {("http", ":80"), ("https", ":443")}
+# What a browser needs of npm's onnxruntime-web, with the types that it insists on.
+BROWSER_RUNTIME = {
+    "ort.wasm.bundle.min.mjs": "text/javascript",
+    "ort-wasm-simd-threaded.wasm": "application/wasm",
+}
 
 
 class SettingsError(ValueError):
@@ -103,18 +108,32 @@ class Settings(BaseSettings):
     reload_poll_seconds: Seconds = Field(
         default=0, ge=0, description="how often to look for a newly released model; 0 is never"
     )
+    offline_dir: Path | None = Field(
+        default=None,
+        description="folder of onnxruntime-web, with which the page answers by itself; off without",
+    )
 
     @property
     def threads(self) -> int:
         """Return the threads for one photo: workers x threads is at most the number of cores."""
         return max(1, min(MAX_THREADS, num_cores() // self.workers))
 
-    @field_validator("model_dir", "feedback_dir")
+    @field_validator("model_dir", "feedback_dir", "offline_dir")
     @classmethod
     def _expand_home(cls, folder: Path | None) -> Path | None:
         if folder is None:
             return None
         return Path(os.path.expanduser(folder))  # Path's own raises for a user who is not there
+
+    @field_validator("offline_dir")
+    @classmethod
+    def _check_browser_runtime(cls, folder: Path | None) -> Path | None:
+        if folder and not all((folder / name).is_file() for name in BROWSER_RUNTIME):
+            raise ValueError(
+                f"there is no {' or no '.join(BROWSER_RUNTIME)}; fetch them with npm install "
+                "onnxruntime-web and give the folder node_modules/onnxruntime-web/dist"
+            )
+        return folder
 
     @field_validator("device")
     @classmethod

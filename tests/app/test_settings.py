@@ -66,6 +66,7 @@ def test_there_are_as_many_workers_as_cores_that_may_be_used(
         ("RUNTIME", "int4"),
         ("RELOAD_TOKEN", "hunter2"),
         ("MODEL_VERSION", "newest"),
+        ("OFFLINE_DIR", "no-such-folder"),
         *(
             ("CORS_ORIGINS", value)
             for value in (

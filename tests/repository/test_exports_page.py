@@ -5,7 +5,6 @@ import http.server
 import importlib.util
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 from tests.support import standin
 from tests.support.released import release_forms
-from tests.support.web_page import CHROMIUM
+from tests.support.web_page import CHROMIUM, install_onnxruntime_web
 from tests.training.commands.test_export import run_export
 
 import train_model
@@ -66,13 +65,8 @@ def test_the_python_lines_answer_as_the_version_does(
 @pytest.fixture(scope="module")
 def site(folder: Path) -> Iterator[str]:
     """A server of the files, with the package of npm beside them and a page that runs the lines."""
-    if not shutil.which("npm"):
-        pytest.skip("needs npm (Debian's package npm)")
     files = folder / "exports" / "v1-onnx"
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-web"]
-    installed = subprocess.run(command, cwd=files, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"npm cannot install onnxruntime-web: {installed.stderr.splitlines()[-1:]}")
+    install_onnxruntime_web(files)
     (program,) = programs("js")
     page = f"<meta charset=utf-8><script type=module>{program}\nwindow.answer = answer;</script>"
     (files / "index.html").write_text(page, encoding="utf-8")

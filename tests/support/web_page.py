@@ -3,6 +3,7 @@
 import io
 import shutil
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,20 +28,33 @@ Open = Callable[..., Any]
 
 
 @contextmanager
-def server(model_dir: Path, **settings: Any) -> Iterator[str]:
-    """The app on a free port of this machine, in a thread."""
+def server(model_dir: Path, port: int | None = None, **settings: Any) -> Iterator[str]:
+    """The app on a port of this machine, a free one if none is given, in a thread."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        port = port or free.getsockname()[1]
     app = create_app(Settings(model_dir=model_dir, workers=2, **settings))
     running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()
     while not running.started:
         time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}/"
-    running.should_exit = True
-    thread.join()
+    try:
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def install_onnxruntime_web(folder: Path) -> Path:
+    """Install npm's onnxruntime-web into a folder; skips where that is impossible."""
+    if not shutil.which("npm"):
+        pytest.skip("needs npm (Debian's package npm)")
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "onnxruntime-web"]
+    installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"npm cannot install onnxruntime-web: {installed.stderr.splitlines()[-1:]}")
+    return folder / "node_modules" / "onnxruntime-web" / "dist"
 
 
 def photo(red: int = 0) -> bytes:
