@@ -189,13 +189,14 @@ def _draw_pictures(images: Path, seed: int, images_per_class: int) -> None:
     """
     workers = min(os.cpu_count() or 1, 8) if len(CLASSES) * images_per_class >= SHARE_FROM else 1
     path = os.pathsep.join(filter(None, [str(BACKEND), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", __name__, str(images.resolve()), str(seed)]
+    command = [sys.executable, "-m", __name__, str(images.resolve()), str(seed)]
+    environment = {**os.environ, "PYTHONPATH": path}
     with contextlib.ExitStack() as stack:
         helpers = []
         for first in range(1, workers):
             share = [*command, str(first), str(images_per_class), str(workers)]
-            helper = subprocess.Popen(
-                share, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+            helper = subprocess.Popen(  # -m looks into the current folder first
+                share, stderr=subprocess.PIPE, text=True, env=environment, cwd=BACKEND
             )
             helpers.append(stack.enter_context(helper))
             stack.callback(helper.kill)

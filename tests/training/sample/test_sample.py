@@ -134,7 +134,9 @@ def test_several_processes_draw_the_same_bytes(
 ) -> None:
     monkeypatch.setattr(generate, "SHARE_FROM", 1)
     monkeypatch.setattr(generate.os, "cpu_count", lambda: 2)
-    assert contents(draw_sample(tmp_path, seed=7, **COUNTS)) == contents(drawn)
+    (tmp_path / "training.py").write_text("raise SystemExit('not ours')\n")
+    monkeypatch.chdir(tmp_path)  # no process imports from here
+    assert contents(draw_sample(tmp_path / "set", seed=7, **COUNTS)) == contents(drawn)
 
 
 def test_a_process_that_cannot_draw_says_why_in_one_line(
