@@ -48,7 +48,7 @@ def release_model(
     decision: Decision | None = None,
     model: nn.Module | None = None,
     metrics: dict[str, Any] | None = None,
-    run: str = "",
+    **training: Any,
 ) -> ModelRecord:
     """Release a network, with random weights if none is given, as a run would a trained one."""
     torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def release_model(
         record = dataclasses.replace(
             record,
             metrics={**record.metrics, **(metrics or {})},
-            training={**record.training, **({"run": run} if run else {})},
+            training={**record.training, **training},
         )
         version.write_record(record)
     return record

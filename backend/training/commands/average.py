@@ -6,6 +6,7 @@ the best version first, then each that makes the mean better on validation photo
 """
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import ArtifactError, ModelRecord, read_record, read_state
+from app.ml.artifacts import ArtifactError, ModelRecord, read_record, read_state, weights_name
 from app.ml.model import build_model
 from app.ml.predictor import TorchNetwork
 from training.compute.devices import choose_device, prepare_machine
@@ -28,6 +29,7 @@ from training.errors import CheckpointError, ConfigError
 from training.release.evaluation import predict_split
 from training.release.metrics import evaluate
 from training.release.release import Averaged, TrainingResult, release_model
+from training.run.record import recording_mean
 from training.run.resume import finished_version
 from training.run.state import EarlyStopping
 
@@ -68,13 +70,15 @@ def train_and_average(train: Train, config: TrainingConfig, command: str) -> Mod
             assert released, "one process alone trains several runs"
             version = released.version
         versions.append(version)
-    return average_versions(config, versions, command)
+    return average_versions(config, versions, command, config.tracking_uri)
 
 
 def average_versions(
-    config: TrainingConfig, versions: Sequence[int], command: str
+    config: TrainingConfig, versions: Sequence[int], command: str, tracking_uri: str | None
 ) -> ModelRecord | None:
     """Release the mean of the versions that make it better; None if none does.
+
+    tracking_uri: of MLflow; None for that of the first version, unless it was trained without.
 
     Raises:
         ArtifactError: a version is missing or damaged, they do not share a start, their photos are
@@ -87,21 +91,30 @@ def average_versions(
     device = choose_device(config.device, 0)
     workers = config.num_workers
     num_workers = default_num_workers(device) if workers == "auto" else int(workers)
-    settings = dataclasses.replace(
-        config_of_record(records[0].training),
-        output_dir=config.output_dir,
-        no_promote=config.no_promote,
-    ).with_sizes(sizes_of_record(records[0]))
-    soup = greedy_soup(records, data, settings, num_workers, device)
-    if len(soup.parents) == 1:
-        logger.info("v%d alone is the best on validation; nothing is released", soup.parents[0])
-        return None
-    model = build_model(settings.model_name, len(data.class_to_idx))
-    model.load_state_dict(soup.state)
-    result = TrainingResult(
-        run_name="average-" + "-".join(f"v{record.version}" for record in records),
+    settings = settings_of_mean(records[0], config, tracking_uri)
+    name = name_of_mean(records)
+    with recording_mean(name, settings, data, device) as end:
+        soup = greedy_soup(records, data, settings, num_workers, device)
+        if len(soup.parents) == 1:
+            logger.info("v%d alone is the best on validation; nothing is released", *soup.parents)
+            end.status = "FINISHED"
+            return None
+        model = build_model(settings.model_name, len(data.class_to_idx))
+        model.load_state_dict(soup.state)
+        result = result_of(soup, name, command, settings, num_workers)
+        released = release_model(model, data, result, device)
+        end.finish(released)
+    return released
+
+
+def result_of(
+    soup: "Soup", name: str, command: str, config: TrainingConfig, num_workers: int
+) -> TrainingResult:
+    """Collect what the release says about a mean, which has no epochs of its own."""
+    return TrainingResult(
+        run_name=name,
         command=command,
-        config=settings,
+        config=config,
         history=[],
         best_epoch=0,
         stopped_early=False,
@@ -109,7 +122,28 @@ def average_versions(
         num_workers=num_workers,
         averaged=Averaged(soup.parents, soup.val_acc, soup.val_loss),
     )
-    return release_model(model, data, result, device)
+
+
+def settings_of_mean(
+    first: ModelRecord, config: TrainingConfig, tracking_uri: str | None
+) -> TrainingConfig:
+    """Take the settings of the first version; of the command, where things go."""
+    then = config_of_record(first.training)
+    return dataclasses.replace(
+        then,
+        output_dir=config.output_dir,
+        checkpoint_dir=config.checkpoint_dir,
+        no_promote=config.no_promote,
+        no_mlflow=config.no_mlflow or (then.no_mlflow and not tracking_uri),
+        tracking_uri=tracking_uri or then.tracking_uri,
+    ).with_sizes(sizes_of_record(first))
+
+
+def name_of_mean(records: Sequence[ModelRecord]) -> str:
+    """Name the run that averages these versions: the same each time, and unlike other folders'."""
+    weights = "".join(record.sha256[weights_name(record.version)] for record in records)
+    numbers = "-".join(f"v{record.version}" for record in records)
+    return f"average-{numbers}-{hashlib.sha256(weights.encode()).hexdigest()[:4]}"
 
 
 def check_alike(records: Sequence[ModelRecord]) -> None:

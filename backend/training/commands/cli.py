@@ -118,8 +118,6 @@ def run_command(
         dry_run(config, command)
     elif released := new_version(options, config, command, train):
         log_release(released, config)
-        if "parents" in released.training:  # a mean of versions has no run that says it to MLflow
-            follow_in_mlflow(options, config)
     return 0
 
 
@@ -128,7 +126,7 @@ def new_version(
 ) -> ModelRecord | None:
     """Release what the options ask for: a trained model, or the mean of several."""
     if options.average:
-        return average_versions(config, options.average, command)
+        return average_versions(config, options.average, command, options.tracking_uri)
     if config.runs > 1:
         return train_and_average(train, config, command)
     return train(config, command)

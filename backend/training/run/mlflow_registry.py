@@ -40,13 +40,16 @@ def register(
 
 def version_tags(record: dict[str, Any]) -> dict[str, str]:
     """Describe a version by what people filter by."""
-    top1 = record["metrics"].get("test_top1")
     tags = {
         WEIGHTS_TAG: _weights(record),
         "model_name": record["model_name"],
         "num_classes": str(len(record["class_to_idx"])),
     }
-    return tags | ({} if top1 is None else {"test_top1": f"{top1:.4f}"})
+    if (top1 := record["metrics"].get("test_top1")) is not None:
+        tags["test_top1"] = f"{top1:.4f}"
+    if parents := record.get("training", {}).get("parents"):  # a mean of versions
+        tags["parents"] = ", ".join(f"v{version}" for version in parents)
+    return tags
 
 
 def set_aliases(client: Any, name: str, model_dir: Path) -> str:

@@ -23,7 +23,7 @@ from app.ml.durable import NOT_IMPLEMENTED, optional
 from training.compute.devices import system_facts
 from training.compute.distributed import Processes
 from training.config import REPOSITORY, TrainingConfig
-from training.data.manifest import describe
+from training.data.manifest import describe, fingerprint, write_manifest
 from training.data.splits import FoodData
 from training.run.checkpoints import Checkpoint
 from training.run.git import git_facts
@@ -218,12 +218,65 @@ def recording(
     processes: Processes,
 ) -> Iterator[RunEnd]:
     """Keep metrics.jsonl and its MLflow mirror while the run lasts, however it ends."""
-    config = run.config
+    config, progress = run.config, run.progress
     record = RunRecord(run_dir if processes.is_main else None)
-    _note_start(record, run, data, checkpoint, device)
-    mirrored = processes.is_main and not config.no_mlflow
+    _note_start(record, run.name, config, describe(data, run.data_fingerprint, config), device)
+    if checkpoint:
+        at = (progress.epoch, progress.batch)
+        logger.info("resumed after epoch %d, batch %d: %s", *at, checkpoint.path)
+        record.resumed(epoch=progress.epoch, batch=progress.batch, history=progress.history)
+    with _mirrored(record, run_dir, config, progress.history, processes.is_main) as end:
+        yield end
+
+
+@contextlib.contextmanager
+def recording_mean(
+    name: str, config: TrainingConfig, data: FoodData, device: torch.device
+) -> Iterator[RunEnd]:
+    """Keep the record of a mean of versions, a run without epochs, as `recording` keeps others."""
+    run_dir = config.checkpoint_dir / name
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_manifest(run_dir, data)
+    except OSError as error:
+        logger.warning("the lists of images cannot be saved in %s (%s)", run_dir, error)
+    record = RunRecord(run_dir)
+    _note_start(record, name, config, describe(data, fingerprint(data), config), device)
+    with _mirrored(record, run_dir, config, history=[], is_main=True) as end:
+        yield end
+
+
+def _note_start(
+    record: RunRecord,
+    name: str,
+    config: TrainingConfig,
+    data: dict[str, object],
+    device: torch.device,
+) -> None:
+    system = system_facts(device, config.precision) | git_facts(REPOSITORY)
+    logger.info("run %s on %s, %s", name, system["device"], system["precision"])
+    record.start(
+        run_name=name,
+        experiment=config.experiment_name,
+        tracking_uri=config.tracking_uri,
+        params=config.to_dict(),
+        system=system,
+        data=data,
+    )
+
+
+@contextlib.contextmanager
+def _mirrored(
+    record: RunRecord,
+    run_dir: Path,
+    config: TrainingConfig,
+    history: list[dict[str, float]],
+    is_main: bool,
+) -> Iterator[RunEnd]:
+    """Let MLflow follow the record until the end, which is noted however it comes."""
+    mirrored = is_main and not config.no_mlflow
     mirror = MlflowMirror.launch(run_dir, config.tracking_uri) if mirrored else MlflowMirror()
-    end = RunEnd(record, config, run.progress.history)
+    end = RunEnd(record, config, history)
     try:
         yield end
     except Interrupted:
@@ -233,27 +286,3 @@ def recording(
         record.end(status=end.status, metrics=end.metrics, files=end.files, model=end.model)
         if line := mirror.close():
             logger.info("%s", line)
-
-
-def _note_start(
-    record: RunRecord,
-    run: Run,
-    data: FoodData,
-    checkpoint: Checkpoint | None,
-    device: torch.device,
-) -> None:
-    config, progress = run.config, run.progress
-    system = system_facts(device, config.precision) | git_facts(REPOSITORY)
-    logger.info("run %s on %s, %s", run.name, system["device"], system["precision"])
-    record.start(
-        run_name=run.name,
-        experiment=config.experiment_name,
-        tracking_uri=config.tracking_uri,
-        params=config.to_dict(),
-        system=system,
-        data=describe(data, run.data_fingerprint, config),
-    )
-    if checkpoint:
-        at = (progress.epoch, progress.batch)
-        logger.info("resumed after epoch %d, batch %d: %s", *at, checkpoint.path)
-        record.resumed(epoch=progress.epoch, batch=progress.batch, history=progress.history)

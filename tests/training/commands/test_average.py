@@ -20,9 +20,16 @@ import train_model
 from app.ml.artifacts import ArtifactError, list_versions, read_record, read_state
 from app.ml.model import build_model
 from training.commands import average
-from training.commands.average import check_alike, greedy_soup, mean_of, photos_of
+from training.commands.average import (
+    check_alike,
+    greedy_soup,
+    mean_of,
+    photos_of,
+    settings_of_mean,
+)
 from training.config import TrainingConfig
-from training.data.manifest import read_manifest
+from training.data.manifest import MANIFEST_NAME, read_manifest
+from training.run.history import RECORD_NAME, read_events
 
 CPU = torch.device("cpu")
 
@@ -87,14 +94,12 @@ def test_a_mean_is_released_like_any_version_and_names_its_parents(
 ) -> None:
     caplog.set_level(logging.INFO)
     models, command = folder / "models", flags(photos, folder, weights, "--average", "v2", "1")
-    tracked = [word for word in command if word != "--no_mlflow"]
-    tracked += ["--tracking_uri", "sqlite:////no/such.db"]
     for _ in range(2):  # the second finds what the first made
         monkeypatch.setattr(average, "validate", means_are(worse=False))
-        assert train_model.main(tracked) == 0
-        assert "/no/such.db does not exist" in caplog.text, "the aliases should follow"
+        assert train_model.main(command) == 0
         assert list_versions(models) == [1, 2, 3]
     record = read_record(models)
+    assert_has_a_run(folder / "runs" / record.training["run"])
     assert record.version == 3 and record.training["parents"] == [2, 1]
     assert (record.metrics["val_acc"], record.metrics["val_loss"]) == (0.5, 0.5)
     assert "best_epoch" not in record.metrics and "best epoch" not in caplog.messages[-3]
@@ -112,9 +117,43 @@ def test_a_mean_is_released_like_any_version_and_names_its_parents(
     assert "v3 is a mean itself; name its parents: v2 v1" in caplog.text
 
 
+def assert_has_a_run(run_dir: Path) -> None:
+    """The run of the mean has its record and its lists of images, and MLflow was off."""
+    assert {path.name for path in run_dir.iterdir()} == {RECORD_NAME, MANIFEST_NAME}
+    assert len(read_manifest(run_dir).test) == 9
+    starts, ends = (read_events(run_dir / RECORD_NAME)[i::2] for i in (0, 1))
+    assert len({start["run"] for start in starts}) == 1, "the second command is the same run"
+    for end in ends:
+        assert (end["status"], end["model"]["version"]) == ("FINISHED", 3)
+        assert all((run_dir / file).is_file() for file in end["model"]["files"])
+
+
+def test_a_mean_is_tracked_where_its_parents_were_or_where_the_flags_say(two_runs: Path) -> None:
+    first = versions_of(two_runs)[0]
+    tracked = dataclasses.replace(
+        first, training={**first.training, "no_mlflow": False, "tracking_uri": "sqlite:///a.db"}
+    )
+    on, off = TrainingConfig(), TrainingConfig(no_mlflow=True)
+
+    def where(record: Any, config: TrainingConfig, uri: str | None) -> str | None:
+        settings = settings_of_mean(record, config, uri)
+        return None if settings.no_mlflow else settings.tracking_uri
+
+    assert where(tracked, on, None) == "sqlite:///a.db"
+    assert where(tracked, on, "sqlite:///b.db") == where(first, on, "sqlite:///b.db")
+    assert where(first, on, "sqlite:///b.db") == "sqlite:///b.db"
+    assert where(first, on, None) is None, "its parents were trained without"
+    assert where(tracked, off, "sqlite:///b.db") is None
+
+
 def test_nothing_is_released_where_one_alone_is_best(
     two_runs: Path,
 ) -> None:
+    (record,) = (two_runs / "runs").glob(f"average-*/{RECORD_NAME}")
+    assert [(e["event"], e.get("status"), e.get("model")) for e in read_events(record)] == [
+        ("start", None, None),
+        ("end", "FINISHED", None),
+    ]
     assert [r.version for r in versions_of(two_runs)] == [1, 2]
     seeds = [(r.training["seed"], r.training["split_seed"]) for r in versions_of(two_runs)]
     assert seeds == [(42, None), (43, 42)]

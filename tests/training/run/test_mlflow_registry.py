@@ -7,13 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tests.support.released import release_model
+from tests.support.tracked_runs import bring_in_sync
 
 import train_model
 from app.ml.artifacts import CLASS_MAP_NAME, CONFIG_NAME, make_current, read_record
+from training.config import TrainingConfig
+from training.data.splits import FoodData, Split
 from training.run import mlflow_registry
 from training.run.mlflow_registry import REGISTERED_NAME, register, set_aliases, version_tags
+from training.run.record import recording_mean
 
 pytestmark = [
     pytest.mark.slow,
@@ -72,7 +78,7 @@ def test_the_champion_is_current_and_the_challenger_is_newer(client: Any, tmp_pa
         (2, {"champion": "2", "challenger": "3"}),
         (3, {"champion": "3"}),  # promoted
         (2, {"champion": "2", "challenger": "3"}),  # and back
-        (4, {}),  # a mean of versions, which no run has registered
+        (4, {}),  # not registered: it was released without MLflow
         (3, {"champion": "3"}),
     ]
     for current, expected in steps:
@@ -110,6 +116,28 @@ def test_versions_that_were_registered_without_a_checksum_count_too(
     registered(client, folder, 1, tags={})
     set_aliases(client, REGISTERED_NAME, folder)
     assert aliases(client) == {"champion": "1"}
+
+
+def test_a_mean_is_registered_and_names_its_parents(
+    client: Any, store: str, tmp_path: Path
+) -> None:
+    """As the version of a run, by what syncs every run."""
+    split = Split(("photos/dosa/1.jpg", "photos/idli/1.jpg"), np.array([0, 1]))
+    audit = {"source": "class folders in photos", "skipped": []}
+    data = FoodData({"dosa": 0, "idli": 1}, split, split, split, notes=[], audit=audit)
+    models, run_dir = tmp_path / "models", tmp_path / "runs" / "average-v8-v9-1a2b"
+    released = release_model(models, ["dosa", "idli"], parents=[8, 9])
+    make_current(models, released)
+    config = TrainingConfig(output_dir=models, checkpoint_dir=run_dir.parent, no_mlflow=True)
+    with recording_mean(run_dir.name, config, data, torch.device("cpu")) as end:
+        end.finish(released)
+    for _ in range(2):  # the second time there is nothing to do
+        bring_in_sync(run_dir, store)
+    (registered,) = client.search_model_versions("tags.parents = 'v8, v9'")
+    assert registered.name == REGISTERED_NAME and aliases(client) == {"champion": "1"}
+    run = client.get_run(registered.run_id)
+    assert (run.info.run_name, run.info.status) == (run_dir.name, "FINISHED")
+    assert run.data.tags["food_model_version"] == registered.tags["food_model_version"] == "1"
 
 
 def promote(folder: Path, version: int, *flags: str) -> int:
