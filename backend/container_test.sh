@@ -9,7 +9,7 @@
 #   tar -C base -c . | podman import -c "ENV PIP_BREAK_SYSTEM_PACKAGES=1" - nutrilearn-base
 set -euo pipefail
 unset CDPATH
-image=nutrilearn-container-test
+image=nutrilearn-container-test address=
 
 fail() {
   echo "container_test: $*" >&2
@@ -26,7 +26,7 @@ find_engine() {
 }
 
 clean_up() {
-  (($? == 0)) || "$engine" logs --tail 20 "$image" >&2 || true
+  (($? == 0)) || [ -z "$address" ] || "$engine" logs --tail 20 "$image" >&2
   "$engine" rm -f "$image" >/dev/null 2>&1 || true
   "$engine" rmi "$image" >/dev/null 2>&1 || true
   rm -rf "$models"
