@@ -29,12 +29,19 @@ class RecentAnswers:
         self._by_request: OrderedDict[str, Answer] = OrderedDict()
         self._last: deque[Answer] = deque(maxlen=REMEMBERED)  # clients may repeat request ids
 
-    def add(self, request_id: str, answer: Answer) -> None:
-        self._by_request.pop(request_id, None)
+    def add(self, request_id: str, answer: Answer) -> bool:
+        """Remember an answer; return whether it is another than the last one under this id.
+
+        Whoever asks about a photo again, as the page does to see where the network looked, or
+        after a lost connection, gives the id of the first answer.
+        """
+        is_new = self._by_request.pop(request_id, None) != answer
         self._by_request[request_id] = answer
-        self._last.append(answer)
+        if is_new:
+            self._last.append(answer)
         if len(self._by_request) > REMEMBERED:
             self._by_request.popitem(last=False)
+        return is_new
 
     def to(self, request_id: str) -> Answer:
         """Look an answer up.

@@ -95,7 +95,7 @@ async def predict(
     facts = food_facts(best.class_name)
     request.state.model_version = record.version
     request.state.verdict = prediction.verdict
-    service.answers.add(
+    service.note_answer(
         request.state.request_id,
         Answer(record.version, best.class_name, best.probability, prediction.verdict),
     )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from app.answers import RecentAnswers
+from app.answers import Answer, RecentAnswers
 from app.metrics import Metrics
 from app.ml.activation import ActivationMap, MapMaker
 from app.ml.artifacts import CONFIG_NAME, ModelRecord, reason_of
@@ -102,6 +102,11 @@ class InferenceService:
             partial(self._compute, predictor, map_maker, read_photo, time.perf_counter())
         )
 
+    def note_answer(self, request_id: str, answer: Answer) -> None:
+        """Remember an answer, and count it; one that is given again under its id counts once."""
+        if self.answers.add(request_id, answer):
+            self.metrics.confidence.labels(answer.verdict).observe(answer.confidence)
+
     async def run(self, work: Callable[[], Done]) -> Done:
         """Do some work on a photo when its turn comes.
 
@@ -133,7 +138,6 @@ class InferenceService:
         with stages.labels("inference").time():
             top_k = min(TOP_K, len(predictor.classes))
             (prediction,) = predictor.predict_batch(pixels.unsqueeze(0), top_k)
-        self.metrics.confidence.labels(prediction.verdict).observe(prediction.top[0].probability)
         activation = None
         if map_maker:
             with stages.labels("activation").time():

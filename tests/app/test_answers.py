@@ -20,9 +20,10 @@ DISHES = ["apple_pie", "samosa", "jalebi"]
 TOKEN = "a-token-of-sixteen-or-more"
 
 
-def ask(client: TestClient) -> Any:
+def ask(client: TestClient, **options: Any) -> Any:
     Image.new("RGB", (64, 48), "red").save(buffer := io.BytesIO(), "PNG")
-    return client.post("/api/v1/predict", files={"file": buffer.getvalue()}).json()
+    files = {"file": buffer.getvalue()}
+    return client.post("/api/v1/predict", files=files, **options).json()
 
 
 def drift(client: TestClient) -> Any:
@@ -69,6 +70,16 @@ def test_drift_is_told_in_both_places(client: TestClient) -> None:
     assert told["verdicts"]["unsure"] == {"answers": 1.0, "validation": 0.0}
     assert told["verdicts"]["confident"] == {"answers": 0.0, "validation": 0.95}
     assert gauge(client, 'verdict_share{of="answers",verdict="unsure"}') == 1
+
+
+def test_a_photo_that_is_asked_about_again_counts_once(client: TestClient) -> None:
+    """As the page does it to see where the network looked: with the id of the first answer."""
+    again = {"headers": {"X-Request-ID": "the-first"}}
+    first = ask(client, **again)
+    explained = ask(client, **again, params={"explain": True})
+    assert explained["confidence"] == first["confidence"]
+    assert drift(client)["answers"] == 1
+    assert 'nutrilearn_confidence_count{verdict="unsure"} 1.0' in client.get("/metrics").text
 
 
 def test_another_version_begins_anew(client: TestClient, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,21 @@ def test_a_dropped_or_pasted_photo_is_answered(way: str, visit: Open, url: str) 
     assert answered(page)
 
 
+def counted_answers(url: str) -> list[str]:
+    with urllib.request.urlopen(f"{url}metrics", timeout=20) as metrics:
+        lines: list[str] = metrics.read().decode().splitlines()
+    return [line for line in lines if line.startswith("nutrilearn_confidence_count")]
+
+
 def test_where_it_looked_is_drawn_over_the_photo_and_taken_away(visit: Open, url: str) -> None:
     page = visit(url)
     upload(page, photo())
     answered(page)
-    plain = page.get_attribute("#preview", "src")
+    plain, counted = page.get_attribute("#preview", "src"), counted_answers(url)
     page.click("#where")
-    expect(page.locator("#where")).to_have_text("Show the photo again")
+    loaded = {"timeout": 30_000}  # the plain network, for the first time
+    expect(page.locator("#where")).to_have_text("Show the photo again", **loaded)
+    assert counted_answers(url) == counted  # it is the same photo
     assert page.get_attribute("#preview", "src") != plain
     assert page.inner_text("#where-words").startswith("Bright: what speaks for")
     page.click("#where")

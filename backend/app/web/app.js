@@ -168,8 +168,10 @@ $("where").addEventListener("click", async () => {
   $("where-words").textContent = "One moment…";
   const form = new FormData();
   form.append("file", asked.file, "photo");
+  // With the id of the first answer the server counts the photo once.
+  const headers = asked.requestId ? { "X-Request-ID": asked.requestId } : {};
   try {
-    const response = await fetch("api/v1/predict?explain=true", { method: "POST", body: form });
+    const response = await fetch("api/v1/predict?explain=true", { method: "POST", body: form, headers });
     const body = await response.json().catch(() => ({ code: String(response.status) }));
     if (answer !== about) return; // another photo was chosen meanwhile
     if (!response.ok) $("where-words").textContent = explain(body);
