@@ -265,6 +265,26 @@ def test_what_the_browser_cannot_read_is_said_and_not_sent(
 
 
 @in_a_browser
+def test_a_correction_is_not_sent_either(
+    visit: Open, models: Path, onnxruntime_web: Path, tmp_path: Path
+) -> None:
+    with server(models, offline_dir=onnxruntime_web, feedback_dir=tmp_path / "kept") as url:
+        page = visit(url)
+        says(page, READY.format(1))
+        page.check("#only-here")
+        upload(page, photo())
+        answered(page)
+        before = num_requests(url)
+        page.check("#share")
+        page.click("#guesses button >> nth=1")
+        page.wait_for_selector("#taught:has-text('your photo stays on this device')")
+        assert num_requests(url) - before == 1  # for what is known about the dish
+        page.uncheck("#only-here")
+        page.click("#guesses button >> nth=2")
+        page.wait_for_selector("#taught:has-text('Your photo is kept')")
+
+
+@in_a_browser
 def test_a_new_version_replaces_the_one_that_is_kept(
     visit: Open, models: Path, onnxruntime_web: Path
 ) -> None:
@@ -335,7 +355,7 @@ def test_too_little_room_is_said(visit: Open, models: Path, onnxruntime_web: Pat
         driver = page.context.new_cdp_session(page)
         driver.send("Storage.overrideQuotaForOrigin", {"origin": url, "quotaSize": 1_000_000})
         page.goto(url)
-        page.wait_for_selector("#who:has-text('too little room')")
+        page.wait_for_selector("#who:has-text('lack of room')")
         upload(page, photo())
         assert answered(page)
 

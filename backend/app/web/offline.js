@@ -7,7 +7,7 @@ const ANSWERED_BY = {
   here: `The last answer came from ${HERE}. Your photo never left it.`,
   server: "The last answer came from the server.",
 };
-const NOT_INSTALLED = `What ${HERE} needs to answer by itself, some 20 MB, could not be stored: there may be too little room.`;
+const NOT_STORED = `Some 20 MB could not be stored on ${HERE}, perhaps for lack of room: only the server answers.`;
 
 const words = document.createElement("p"), choice = document.createElement("p");
 const box = document.createElement("input"), label = document.createElement("label");
@@ -23,9 +23,8 @@ document.getElementById("privacy").after(choice, words);
 box.addEventListener("change", () => box.checked ? caches.open(ONLY_HERE) : caches.delete(ONLY_HERE));
 
 // From the service worker: who answered, which model it keeps, or why it keeps none.
-async function hear({ data: { answeredBy, version, problem, isFull } }) {
+async function hear({ data: { answeredBy, version, problem } }) {
   if (answeredBy) return say(ANSWERED_BY[answeredBy]);
-  if (isFull) return say(`There is too little room on ${HERE} for the model, so only the server answers.`);
   if (problem) return say(`The model could not be loaded onto ${HERE}, so only the server answers: ${problem}.`);
   box.checked = await caches.has(ONLY_HERE);
   choice.hidden = false;
@@ -44,7 +43,7 @@ async function start() {
   serviceWorker.addEventListener("message", hear);
   try {
     const { installing } = await serviceWorker.register("worker.js", { type: "module", updateViaCache: "none" });
-    installing?.addEventListener("statechange", () => installing.state === "redundant" && say(NOT_INSTALLED));
+    installing?.addEventListener("statechange", () => installing.state === "redundant" && say(NOT_STORED));
   } catch {
     if (!serviceWorker.controller) return say("This browser cannot answer by itself, so only the server answers.");
   }

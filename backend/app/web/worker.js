@@ -65,6 +65,7 @@ self.addEventListener("fetch", (event) => {
   if (!url.startsWith(self.registration.scope)) return;
   const path = url.slice(self.registration.scope.length).split(/[?#]/)[0] || "./";
   if (method === "POST" && path === "api/v1/predict") event.respondWith(predict(event));
+  if (method === "POST" && path === "api/v1/feedback") event.respondWith(sendCorrection(event.request));
   if (method !== "GET") return;
   if (PAGE.includes(path)) event.respondWith(serverOr(event, () => caches.match(path)));
   else if (path === "api/v1/model") event.respondWith(serverOr(event, (facts) => json(facts?.model)));
@@ -80,10 +81,9 @@ self.addEventListener("message", (event) => event.waitUntil(prepare(event.source
 
 async function prepare(page) {
   await self.clients.claim(); // also a page that was reloaded past its service worker
-  const problem = await update().catch((error) => error);
+  const problem = await update().catch((error) => error.message);
   const facts = await kept();
-  if (facts) page.postMessage({ version: facts.model.version });
-  else if (problem) page.postMessage({ problem: problem.message, isFull: problem.name === "QuotaExceededError" });
+  page.postMessage(facts ? { version: facts.model.version } : { problem });
 }
 
 const json = (value) => value && Response.json(value);
@@ -128,9 +128,17 @@ async function answerHere(request, facts) {
     return Response.json(given);
   } catch (error) {
     const unreadable = "this browser cannot read the picture by itself. Save it as JPEG, or ask the server";
-    const detail = error instanceof DOMException ? unreadable : error.message;
-    return Response.json({ code: "not_here", detail: `${detail}.` }, { status: 422 });
+    return refusal(error instanceof DOMException ? unreadable : error.message);
   }
+}
+
+async function sendCorrection(request) {
+  const onlyHere = await caches.has(ONLY_HERE);
+  return onlyHere ? refusal("your photo stays on this device, as you chose below") : fetch(request);
+}
+
+function refusal(detail) {
+  return Response.json({ code: "not_here", detail: `${detail}.` }, { status: 422 });
 }
 
 async function loadKept(facts) {
