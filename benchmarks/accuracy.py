@@ -8,7 +8,8 @@ Trains every setting with every seed, one after the other, through the command l
 released model about the photos of OTHER (class folders). A setting is its name and values for
 fields of TrainingConfig, those without a flag included. Differences are against the first setting,
 photo by photo, with 95% intervals over the photos; how far the seeds disagree stands beside them.
---sizes scores the same models on pictures of other sizes as well, which trains nothing.
+--sizes scores the same models on pictures of other sizes as well, which trains nothing. With
+--runs 3 among the flags, each run and the mean of them (v4) has its rows.
 
 Killed, it goes on where it was: the same command resumes the training, and what is trained or
 scored is kept. RUNS/table.md is the table; RUNS/SETTING/seed-N has the run and its scores.
@@ -16,6 +17,7 @@ scored is kept. RUNS/table.md is the table; RUNS/SETTING/seed-N has the run and 
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -31,7 +33,13 @@ import numpy as np
 import torch
 from run_of_setting import parse_fields
 
-from app.ml.artifacts import ModelRecord, read_centroids, read_record, read_state
+from app.ml.artifacts import (
+    ModelRecord,
+    list_versions,
+    read_centroids,
+    read_record,
+    read_state,
+)
 from app.ml.model import build_model
 from app.ml.predictor import TorchNetwork, nearest_centroid
 from app.ml.preprocessing import IMAGE_EXTENSIONS, PreprocessConfig
@@ -49,7 +57,7 @@ from training.release.evaluation import predict_split, some_of_each
 
 CPU = torch.device("cpu")
 Z_95 = 1.959964
-FINISHED = "model_config.json"  # the last file of a release
+SPENT = "processor_seconds"  # written when a training has ended
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,7 @@ def parse_setting(text: str) -> Setting:
 
 def train(setting: Setting, seed: int, folder: Path, options: argparse.Namespace) -> None:
     """Train and release, or go on doing so, unless that is done; the log goes to the folder."""
-    if (folder / "ml-models" / FINISHED).exists():
+    if (folder / SPENT).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     flags = [f"--data_dir={options.data_dir}", f"--seed={seed}", "--no_mlflow", "--resume=auto"]
@@ -128,18 +136,18 @@ def train(setting: Setting, seed: int, folder: Path, options: argparse.Namespace
     after = os.times()
     spent = after.children_user + after.children_system
     spent -= before.children_user + before.children_system
-    with (folder / "processor_seconds").open("a") as file:  # a line for each start
-        print(f"{spent:.1f}", file=file)
+    (folder / SPENT).write_text(f"{spent:.0f}\n", encoding="utf-8")
 
 
 def seconds_of(folder: Path) -> list[str]:
-    """Format the seconds of all epochs, and the processor's with calibration, test and release."""
-    (record,) = folder.glob("checkpoints/*/metrics.jsonl")
-    events = [json.loads(line) for line in record.read_text().splitlines()]
+    """Format the seconds of all epochs, and the processor's with calibration, test and release.
+
+    The processor's are those since the last start of the training.
+    """
+    records = folder.glob("checkpoints/*/metrics.jsonl")
+    events = [json.loads(line) for record in records for line in record.read_text().splitlines()]
     seconds = sum(event["seconds"] for event in events if event["event"] == "epoch")
-    spent = folder / "processor_seconds"
-    processor = sum(map(float, spent.read_text().split())) if spent.exists() else None
-    return [f"{seconds:.0f}", "-" if processor is None else f"{processor:.0f}"]
+    return [f"{seconds:.0f}", (folder / SPENT).read_text(encoding="utf-8").strip()]
 
 
 # Scoring --------------------------------------------------------------------------------------
@@ -157,10 +165,10 @@ def photos_of(folder: Path, class_to_idx: dict[str, int]) -> Split:
     return Split(tuple(path for path, _ in found), np.array([label for _, label in found]))
 
 
-def score(folder: Path, photos: Path, size: Size | None) -> Scores:
-    """Ask the model in a folder about the photos, or read what it answered before."""
-    kept = folder / f"scores-{f'{size.crop}-{size.resize}' if size else 'own'}.npz"
-    record = read_record(folder / "ml-models")
+def score(folder: Path, version: int, photos: Path, size: Size | None) -> Scores:
+    """Ask a version in a folder about the photos, or read what it answered before."""
+    kept = folder / f"scores-v{version}-{f'{size.crop}-{size.resize}' if size else 'own'}.npz"
+    record = read_record(folder / "ml-models", version)
     split = photos_of(photos, record.class_to_idx)
     if kept.exists():
         with np.load(kept) as found:
@@ -180,8 +188,8 @@ def answers(folder: Path, record: ModelRecord, split: Split, size: Size | None) 
     centroids = read_centroids(folder / "ml-models", record)
     if size and size != Size(preprocessing.resize, preprocessing.crop):
         preprocessing = dataclasses.replace(preprocessing, **vars(size))
-        (run,) = folder.glob("checkpoints/*/images.json")
-        centroids, decision = fitted(network, read_manifest(run.parent), preprocessing)
+        images = next(folder.glob("checkpoints/*/images.json"))  # the same ones for all --runs
+        centroids, decision = fitted(network, read_manifest(images.parent), preprocessing)
     found = predict_split(network, split, preprocessing, 1, CPU)
     if len(found.labels) < len(split):
         raise SystemExit(f"{len(found.skipped)} photos cannot be read: {[*found.skipped][:3]}")
@@ -281,9 +289,11 @@ def main() -> None:
             folder = options.out / setting.name / f"seed-{seed}"
             began = time.perf_counter()
             train(setting, seed, folder, options)
-            for size in [None, *sizes]:
-                name = f"{setting.name}, {size}" if size else setting.name
-                scores = score(folder, options.score, size)
+            for version, size in itertools.product(
+                list_versions(folder / "ml-models"), [None, *sizes]
+            ):
+                name = setting.name + f", v{version}" * (version > 1) + f", {size}" * bool(size)
+                scores = score(folder, version, options.score, size)
                 results.setdefault(name, {})[seed] = scores, seconds_of(folder)
                 print(f"{name}, seed {seed}: {scores.top1:.3f}", flush=True)
             print(f"{time.perf_counter() - began:.0f} s", flush=True)
