@@ -112,9 +112,11 @@ def apply_labels(
 
     Raises:
         DataError: the file cannot be read, names an unknown class or a path outside the folders,
-            fits none of the photos, or leaves a class without training images.
+            contradicts itself, fits none of the photos, or leaves a class without training images;
+            or a class is called `drop`.
     """
     labels = read_labels(file)
+    check_no_class_is_drop(known)
     if unknown := sorted(set(labels.values()) - {DROP, *known}):
         hints = ", ".join(with_close_matches(name, known) for name in unknown)
         raise DataError(f"--labels {file}: no such class: {hints}; `drop` leaves a photo out")
@@ -127,6 +129,19 @@ def apply_labels(
             "leave the class out with --classes"
         )
     return changed, _record(file, labels, parts, wanted)
+
+
+def check_no_class_is_drop(classes: Collection[str]) -> None:
+    """Refuse data in which `drop` would be a dish.
+
+    Raises:
+        DataError: to keep such a label would leave the photo out.
+    """
+    if DROP in classes:
+        raise DataError(
+            f"a class is called {DROP!r}, which leaves photos out in files of labels; give its "
+            "folder another name"
+        )
 
 
 def _found(
@@ -145,7 +160,12 @@ def _found(
                 f"--labels {file}: {path} is in {' and in '.join(map(str, folders))}; give its "
                 "whole path"
             )
-        found |= dict.fromkeys(here, label)
+        for candidate in here:
+            if found.setdefault(candidate, label) != label:
+                raise DataError(
+                    f"--labels {file}: {path} is called {label!r}, and under another path "
+                    f"{found[candidate]!r}; keep one of them"
+                )
     if labels and not found:
         raise DataError(
             f"--labels {file}: none of its {len(labels):,} photos is among those of {folders[0]}, "

@@ -84,6 +84,23 @@ def test_what_is_wrong_is_refused_in_one_line(
     assert str(file) in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_two_paths_of_a_photo_must_not_contradict_each_other(photos: Path, tmp_path: Path) -> None:
+    whole = f"{photos}/dal/0000.jpg"
+    load_food_data(photos, labels=labels_file(tmp_path, "dal/0000.jpg,pho", f"{whole},pho"))
+    with pytest.raises(
+        DataError, match=r"0000\.jpg is called 'naan', and under another path 'pho'"
+    ):
+        load_food_data(photos, labels=labels_file(tmp_path, "dal/0000.jpg,pho", f"{whole},naan"))
+
+
+def test_a_class_called_drop_cannot_be_kept_apart(tmp_path: Path) -> None:
+    """Licorice is called so in the Netherlands; "keep" would leave its photos out."""
+    photos = write_tree(tmp_path / "photos", {"dal": 12, "drop": 12})
+    assert load_food_data(photos).classes == ["dal", "drop"]
+    with pytest.raises(DataError, match="a class is called 'drop'"):
+        load_food_data(photos, labels=labels_file(tmp_path, "dal/0000.jpg,dal"))
+
+
 def test_files_that_are_no_text_or_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     for name, problem in (("photo.jpg", "UTF-8"), ("none.csv", "No such file"), (".", "directory")):
