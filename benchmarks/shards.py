@@ -47,17 +47,17 @@ def copies(photos: list[Path], folder: Path) -> tuple[list[Path], list[Path]]:
     """Copy the photos as files, and in shards in which they are mixed; return both, files mixed."""
     random.Random(0).shuffle(photos)
     files, shards = [], []
-    for number, photo in enumerate(photos):
-        data = photo.read_bytes()
-        files.append(folder / photo.parent.name / f"{number}.jpg")
-        files[-1].parent.mkdir(exist_ok=True)
-        files[-1].write_bytes(data)
-        if number % SHARD == 0:
-            shards.append(folder / f"{number:06d}.tar")
-        member = tarfile.TarInfo(f"{number}.jpg")
-        member.size = len(data)
-        with tarfile.open(shards[-1], "a") as tar:
-            tar.addfile(member, io.BytesIO(data))
+    for start in range(0, len(photos), SHARD):
+        shards.append(folder / f"{start:06d}.tar")
+        with tarfile.open(shards[-1], "w") as tar:
+            for number, photo in enumerate(photos[start : start + SHARD], start):
+                data = photo.read_bytes()
+                files.append(folder / photo.parent.name / f"{number}.jpg")
+                files[-1].parent.mkdir(exist_ok=True)
+                files[-1].write_bytes(data)
+                member = tarfile.TarInfo(f"{number}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
     random.Random(1).shuffle(files)
     return files, shards
 
