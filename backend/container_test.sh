@@ -62,7 +62,7 @@ start() {
   "$engine" run -d --name "$image" -p 127.0.0.1::8000 -v "$models:/models:ro,z" --read-only \
     --tmpfs /tmp -e NUTRILEARN_RELOAD_POLL_SECONDS=1 "$image" >/dev/null
   address=$("$engine" port "$image" 8000 | head -n 1)
-  within 120 is_ready
+  within 300 is_ready
   echo "ready after $((SECONDS - began)) s, as user $("$engine" exec "$image" id -u)"
 }
 

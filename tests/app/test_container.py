@@ -93,6 +93,16 @@ def test_a_proxy_is_not_asked_for_the_health(name: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_the_container_is_not_tried_where_nothing_can_run_it(tmp_path: Path) -> None:
+    for name in ("docker", "podman"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    command = ["bash", BACKEND / "container_test.sh", tmp_path]
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "skipped, neither docker nor podman works here" in done.stdout
+
+
 def test_nothing_in_the_image_reports_to_anybody() -> None:
     assert "ORT_DISABLE_TELEMETRY=1" in instructions("ENV")[0].split()
 
