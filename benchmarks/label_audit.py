@@ -25,7 +25,15 @@ import alternating
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from training.commands.audit import CONFLICT, LABEL, Finding, Photos, find, read_photos
+from training.commands.audit import (
+    CONFLICT,
+    LABEL,
+    Finding,
+    Photos,
+    find,
+    pretrained_model,
+    read_photos,
+)
 from training.config import TrainingConfig
 from training.data.splits import FoodData, load_food_data
 from training.release.label_audit import directions
@@ -92,9 +100,10 @@ def main() -> None:
     assert other_data.classes == data.classes, "OTHER must have the same classes"
     print(alternating.machine())
     began = time.perf_counter()
-    photos = read_photos(config, data)
+    model = pretrained_model(config, data)
+    photos = read_photos(model, config, data)
     print(f"{len(photos.paths)} photos read in {time.perf_counter() - began:.0f} s")
-    other = read_photos(config, other_data)
+    other = read_photos(model, config, other_data)
     original = accuracy(photos, other)
     print("seed  wrong  first   of them wrong  listed  of them wrong  seconds   accuracy: noisy")
     print("      first corrected   all corrected   original")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from app.ml.artifacts import ArtifactError, ModelRecord
 from app.ml.model import ServedNetwork, backbone, head_linear
 from app.ml.predictor import build_released
-from app.ml.preprocessing import normalize
+from app.ml.preprocessing import PreprocessConfig, normalize
 
 NO_PLACES = "this network is not an average over places and one linear layer"
 NOT_LOADED = "the plain network of this version cannot be loaded"
@@ -51,7 +51,7 @@ class MapMaker:
     def __call__(self, pixels: Tensor, class_name: str) -> ActivationMap:
         """Map one preprocessed picture, uint8 (3, crop, crop)."""
         config = self.record.preprocessing
-        side = round(config.crop / config.resize, 4)
+        side = seen_side(config)
         network = self._loaded()
         if network is None:
             return ActivationMap(class_name, None, side, self._problem)
@@ -100,13 +100,22 @@ class SpatialNetwork:
         return mean.shape == pooled.shape and torch.allclose(mean, pooled, rtol=1e-3, atol=1e-4)
 
     @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Compute the last features of one normalized image, (1, 3, H, W): (num_features, h, w)."""
+        features: Tensor = self.layers(images)[0]
+        return features
+
     def evidence(self, images: Tensor, label: int) -> Tensor:
         """Compute what each place adds to a class's logit, which is their mean plus the bias.
 
         images: normalized (1, 3, H, W). Returns (h, w).
         """
-        features = self.layers(images)[0]  # (num_features, h, w)
-        return torch.einsum("c,chw->hw", self.linear.weight[label], features)
+        return torch.einsum("c,chw->hw", self.linear.weight[label], self.features(images))
+
+
+def seen_side(config: PreprocessConfig) -> float:
+    """Return the side of the centered square that a network sees, as a share of the short side."""
+    return round(config.crop / config.resize, 4)
 
 
 def as_grid(evidence: Tensor) -> list[list[float]]:

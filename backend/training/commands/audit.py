@@ -5,27 +5,30 @@ fit follows from its pooled features, see `training.release.label_audit`.
 """
 
 import contextlib
-import csv
+import functools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from app.ml.activation import ActivationMap, SpatialNetwork, as_grid, seen_side
 from app.ml.model import build_model
 from app.ml.predictor import TorchNetwork
-from app.ml.preprocessing import ImageError, load_image, normalize
+from app.ml.preprocessing import EvalTransform, PreprocessConfig, normalize
 from training.compute.devices import choose_device, prepare_machine
 from training.compute.distributed import losses_explained
 from training.config import TrainingConfig
 from training.data.folders import join_names
-from training.data.labels import DROP, name_in_labels, read_labels
+from training.data.labels import DROP, check_no_class_is_drop, name_in_labels, read_labels
 from training.data.loader import default_num_workers, eval_loader
 from training.data.manifest import SPLITS
 from training.data.splits import FoodData, folders_of
@@ -37,17 +40,18 @@ from training.release.label_audit import (
     directions,
     doubt_labels,
     far_out,
-    groups_of,
+    place_evidence,
     same_pictures,
 )
-from training.release.report import data_uri, write_page
+from training.release.pictures import Look, picture_of, whole
+from training.release.report import write_page
+from training.release.tables import write_table
 from training.run.start import load_start
 
 PAGE_NAME, TABLE_NAME = "audit.html", "audit.csv"
 COLUMNS = ["path", "label", "suggestion", "label_probability", "split", "kind", "why"]
 BATCH_SIZE = 64
 SHOWN = 400  # photos on the page, about 15 kB each; the table has all of them
-PREVIEW_SIZE = 300  # pixels
 SUGGESTIONS, LIKELY = 3, 0.01  # classes to choose from by a key, and their least probability
 # The order on the page: what is certainly wrong, what is likely wrong, what may be left out.
 CONFLICT, LABEL, NO_FOOD, TWICE = "conflict", "label", "no_food", "twice"
@@ -71,7 +75,7 @@ class Photos:
 @dataclass
 class Finding:
     """A photo to look at. suggestion: a class, or `DROP`. likely: the most probable other classes,
-    with their probability. twins: photos of the same picture."""
+    with their probability. twins: photos of the same picture. weight: see `Doubts.weight`."""
 
     photo: int
     kind: str
@@ -80,6 +84,7 @@ class Finding:
     likely: dict[str, float]
     reasons: list[str] = field(default_factory=list)
     twins: list[int] = field(default_factory=list)
+    weight: np.ndarray | None = None
 
 
 def audit_labels(config: TrainingConfig, data: FoodData) -> Path:
@@ -87,22 +92,38 @@ def audit_labels(config: TrainingConfig, data: FoodData) -> Path:
 
     Raises:
         ConfigError: the network cannot be built. WeightsError: its weights are not available.
-        DataError: no photo can be read, or the page cannot be written.
+        DataError: no photo can be read, a class is called `drop`, or the page cannot be written.
     """
-    photos = read_photos(config, data)
+    check_no_class_is_drop(data.classes)
+    model = pretrained_model(config, data)
+    photos = read_photos(model, config, data)
     reviewed = read_labels(config.labels) if config.labels else {}
     findings = [
         finding
         for finding in find(photos, data.classes, config.seed)
-        if photos.names[finding.photo] not in reviewed
+        if reviewed.keys().isdisjoint((photos.names[finding.photo], photos.paths[finding.photo]))
     ]
     for line in _summary(findings, photos, data.classes):
         logger.info("%s", line)
     page = config.output_dir / PAGE_NAME
+    rows = _rows(findings, photos, data.classes)
+    cards = _cards(findings[:SHOWN], photos, data.classes, model, config)
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        _write_table(config.output_dir / TABLE_NAME, findings, photos, data.classes)
-        _write_page(page, findings, photos, data, reviewed, config.model_name)
+        write_table(config.output_dir / TABLE_NAME, COLUMNS, rows)
+        write_page(
+            page,
+            "audit.html",
+            cards=cards,
+            has_heat=any(card["heat"] for card in cards),
+            num_found=len(findings),
+            num_photos=len(photos.paths),
+            source=data.audit["source"],
+            model_name=config.model_name,
+            classes=data.classes,
+            before=reviewed,
+            drop=DROP,
+        )
     except OSError as error:
         raise DataError(f"{page} cannot be written ({error.strerror}); see --output_dir") from error
     return page
@@ -111,16 +132,30 @@ def audit_labels(config: TrainingConfig, data: FoodData) -> Path:
 # What the network sees ------------------------------------------------------------------------
 
 
-def read_photos(config: TrainingConfig, data: FoodData) -> Photos:
+def pretrained_model(config: TrainingConfig, data: FoodData) -> nn.Module:
+    """Build the network that looks at the photos.
+
+    Raises:
+        ConfigError: it cannot be built. WeightsError: its weights are not available.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        model = build_model(config.model_name, len(data.class_to_idx))
+    except ValueError as error:  # a network of timm that cannot be cut
+        raise ConfigError(f"--model_name {config.model_name}: {error}") from error
+    logger.info("%s, %s", config.model_name, load_start(model, config, data.class_to_idx))
+    if not config.is_pretrained:
+        logger.warning("an untrained network tells dishes apart badly; leave --weights none out")
+    return model
+
+
+def read_photos(model: nn.Module, config: TrainingConfig, data: FoodData) -> Photos:
     """Look at each photo of each split once."""
-    device = choose_device(config.device, 0)
-    prepare_machine()
-    network = _network(config, data, device)
     splits = {name: getattr(data, name) for name in SPLITS}
     paths = [path for split in splits.values() for path in split.paths]
     labels = np.concatenate([split.labels for split in splits.values()])
     split_of = [name for name, split in splits.items() for _ in split.paths]
-    indices, pooled, hashes = _looked_at(network, tuple(paths), config, device)
+    indices, pooled, hashes = _looked_at(model, tuple(paths), config)
     folders, places = folders_of(config.source_dir, config.custom_data_dir), set(paths)
     return Photos(
         paths=[paths[i] for i in indices],
@@ -132,22 +167,13 @@ def read_photos(config: TrainingConfig, data: FoodData) -> Photos:
     )
 
 
-def _network(config: TrainingConfig, data: FoodData, device: torch.device) -> TorchNetwork:
-    torch.manual_seed(config.seed)
-    try:
-        model = build_model(config.model_name, len(data.class_to_idx))
-    except ValueError as error:  # a network of timm that cannot be cut
-        raise ConfigError(f"--model_name {config.model_name}: {error}") from error
-    logger.info("%s, %s", config.model_name, load_start(model, config, data.class_to_idx))
-    if not config.is_pretrained:
-        logger.warning("an untrained network tells dishes apart badly; leave --weights none out")
-    return TorchNetwork(model, config.model_name, device)
-
-
 def _looked_at(
-    network: TorchNetwork, paths: tuple[str, ...], config: TrainingConfig, device: torch.device
+    model: nn.Module, paths: tuple[str, ...], config: TrainingConfig
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the indices of the readable photos, their features and their hashes."""
+    device = choose_device(config.device, 0)
+    prepare_machine()
+    network = TorchNetwork(model, config.model_name, device)
     workers = default_num_workers(device) if config.num_workers == "auto" else config.num_workers
     loader = eval_loader(paths, config.preprocessing, BATCH_SIZE, int(workers), device)
     indices, pooled, hashes = [], [], []
@@ -169,8 +195,9 @@ def _looked_at(
 
 def find(photos: Photos, classes: Sequence[str], seed: int) -> list[Finding]:
     """List the photos to look at, the most suspicious first."""
+    logger.info("looking for copies and wrong labels among %s photos", f"{len(photos.paths):,}")
     features = directions(photos.pooled)
-    groups = groups_of(same_pictures(features, photos.hashes), len(features))
+    groups = same_pictures(features, photos.hashes)
     doubts = doubt_labels(features, photos.labels, len(classes), groups, seed)
     findings = Findings(photos, classes, doubts)
     for same in _groups(groups):
@@ -180,7 +207,12 @@ def find(photos: Photos, classes: Sequence[str], seed: int) -> list[Finding]:
         findings.add(photo, LABEL, best, f"looks like {best}")
     for photo in np.flatnonzero(far_out(features, photos.labels, len(classes))).tolist():
         findings.add(photo, NO_FOOD, DROP, "resembles no dish of the data")
-    return findings.in_order()
+    found = findings.in_order()
+    for finding in found:
+        if finding.suggestion != DROP:
+            label, other = photos.labels[finding.photo], classes.index(finding.suggestion)
+            finding.weight = doubts.weight(finding.photo, int(label), other)
+    return found
 
 
 def _groups(groups: np.ndarray) -> list[list[int]]:
@@ -260,66 +292,66 @@ def _summary(findings: Sequence[Finding], photos: Photos, classes: Sequence[str]
 # What is written ------------------------------------------------------------------------------
 
 
-def _write_table(
-    path: Path, findings: Sequence[Finding], photos: Photos, classes: Sequence[str]
-) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for f in findings:
-            label, split = classes[photos.labels[f.photo]], photos.splits[f.photo]
-            probability, why = f"{f.label_probability:.6f}", "; ".join(f.reasons)
-            name = photos.names[f.photo]
-            writer.writerow([name, label, f.suggestion, probability, split, f.kind, why])
+def _rows(
+    findings: Sequence[Finding], photos: Photos, classes: Sequence[str]
+) -> list[dict[str, str]]:
+    return [
+        {
+            "path": photos.names[finding.photo],
+            "label": classes[photos.labels[finding.photo]],
+            "suggestion": finding.suggestion,
+            "label_probability": f"{finding.label_probability:.6f}",
+            "split": photos.splits[finding.photo],
+            "kind": finding.kind,
+            "why": "; ".join(finding.reasons),
+        }
+        for finding in findings
+    ]
 
 
-def _write_page(
-    path: Path,
+def _cards(
     findings: Sequence[Finding],
     photos: Photos,
-    data: FoodData,
-    reviewed: Mapping[str, str],
-    model_name: str,
-) -> None:
-    write_page(
-        path,
-        "audit.html",
-        cards=[_card(finding, photos, data.classes) for finding in findings[:SHOWN]],
-        num_found=len(findings),
-        num_photos=len(photos.paths),
-        source=data.audit["source"],
-        model_name=model_name,
-        classes=data.classes,
-        before=reviewed,
-        drop=DROP,
-    )
+    classes: Sequence[str],
+    model: nn.Module,
+    config: TrainingConfig,
+) -> list[dict[str, Any]]:
+    network = SpatialNetwork(model, config.model_name)
+    has_places = network.fits(config.preprocessing.crop)
+    cards = []
+    for finding in findings:
+        look = None
+        if has_places and finding.weight is not None:
+            look = functools.partial(_evidence_of, network, finding, config.preprocessing)
+        card = {
+            **_shown(finding.photo, photos, classes, look),
+            "kind": finding.kind,
+            "suggestion": finding.suggestion,
+            "likely": finding.likely,
+            "reasons": finding.reasons,
+            "twins": [_shown(twin, photos, classes) for twin in finding.twins[:SUGGESTIONS]],
+        }
+        cards.append(card)
+    return cards
 
 
-def _card(finding: Finding, photos: Photos, classes: Sequence[str]) -> dict[str, Any]:
-    return {
-        **_shown(finding.photo, photos, classes),
-        "kind": finding.kind,
-        "suggestion": finding.suggestion,
-        "likely": finding.likely,
-        "reasons": finding.reasons,
-        "twins": [_shown(twin, photos, classes) for twin in finding.twins[:SUGGESTIONS]],
-    }
+def _evidence_of(
+    network: SpatialNetwork, finding: Finding, recipe: PreprocessConfig, image: Image.Image
+) -> ActivationMap:
+    """Say what in a picture looks like the suggestion rather than like the label."""
+    assert finding.weight is not None
+    pixels = EvalTransform(recipe)(image)
+    spatial = network.features(normalize(pixels.unsqueeze(0), recipe))
+    grid = as_grid(place_evidence(spatial, finding.weight))
+    return ActivationMap(finding.suggestion, grid, seen_side(recipe))
 
 
-def _shown(photo: int, photos: Photos, classes: Sequence[str]) -> dict[str, Any]:
+def _shown(
+    photo: int, photos: Photos, classes: Sequence[str], look: Look | None = None
+) -> dict[str, Any]:
     return {
         "name": photos.names[photo],
         "split": photos.splits[photo],
         "label": classes[photos.labels[photo]],
-        "picture": _preview(photos.paths[photo]),
+        **picture_of(photos.paths[photo], whole, look),
     }
-
-
-def _preview(file: str) -> str | None:
-    """Encode the whole picture, small; None if it is gone."""
-    try:
-        image = load_image(file)
-    except (ImageError, OSError):
-        return None
-    image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
-    return data_uri(image)

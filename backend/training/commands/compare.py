@@ -285,7 +285,7 @@ def write_comparison(path: Path, comparison: Comparison) -> list[str]:
         for kind, flips in comparison["flips"].items()
     }
     write_page(path, "comparison.html", comparison=comparison, shown=shown)
-    return [flip["file"] for flips in shown.values() for flip in flips if not flip["thumbnail"]]
+    return [flip["file"] for flips in shown.values() for flip in flips if not flip["photo"]]
 
 
 def summary_lines(comparison: Comparison) -> list[str]:

@@ -4,8 +4,7 @@ Features are (N, num_features), labels (N,) of 0 to num_classes - 1. Nothing is 
 classifiers in closed form, so 1,000 photos take a second, and the same seed gives the same answer.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,20 +19,34 @@ SHRINKAGES = (0.5, 0.7, 0.9)  # of the covariance; the one whose held-out likeli
 SAME_PICTURE = 0.8  # cosine of centered features; of 2,800 photos of 10 dishes, the pairs above
 # were the same picture, and the pairs below 0.77 were not, with either of two backbones
 SIMILAR_PICTURE = 0.6  # the same picture where the hash agrees too: small or badly compressed
-SAME_HASH = 6  # differing bits of 64
+HASH_BITS = 64
+SAME_HASH = 6  # differing bits
 FAR_OUT = 3.0  # interquartile ranges below the lower quartile (Tukey 1977)
-ROWS_AT_ONCE = 1024
+BLOCK = 1024  # photos that are compared with as many others at once: 4 MB of cosines
 
 
 class Doubts(NamedTuple):
     """What the audit thinks of each label.
 
     probabilities: (N, num_classes), out of fold; zeros for a photo of a class that is too small.
-    is_error: (N,), whether confident learning counts the label as wrong.
+    is_error: (N,), whether confident learning counts the label as wrong. folds: (N,), -1 for those
+    not judged. weights: (NUM_FOLDS, num_features, num_classes), of the classifier that judged the
+    photos of a fold; zeros for a class that is too small.
     """
 
     probabilities: np.ndarray
     is_error: np.ndarray
+    folds: np.ndarray
+    weights: np.ndarray
+
+    def weight(self, photo: int, label: int, other: int) -> np.ndarray | None:
+        """Return what made a photo look like the other class rather than its label, or the
+        contrary: (num_features,); None if one of them was not judged."""
+        weights = self.weights[self.folds[photo]]
+        if self.folds[photo] < 0 or not weights[:, other].any():
+            return None
+        difference: np.ndarray = weights[:, other] - weights[:, label]
+        return difference
 
 
 def directions(features: np.ndarray) -> np.ndarray:
@@ -62,16 +75,22 @@ def doubt_labels(
     counts = np.bincount(labels, minlength=num_classes)
     judged = np.flatnonzero(counts[labels] >= MIN_PHOTOS)
     kept, small = np.unique(labels[judged], return_inverse=True)
-    probabilities = np.zeros((len(labels), num_classes))
-    is_error = np.zeros(len(labels), dtype=bool)
+    doubts = Doubts(
+        probabilities=np.zeros((len(labels), num_classes)),
+        is_error=np.zeros(len(labels), dtype=bool),
+        folds=np.full(len(labels), -1),
+        weights=np.zeros((NUM_FOLDS, features.shape[1], num_classes), dtype=np.float32),
+    )
     if len(kept) < 2:
-        return Doubts(probabilities, is_error)
+        return doubts
     x, folds = features[judged], assign_folds(small, groups[judged], seed)
-    found = held_out_probabilities(x, small, folds, np.ones(len(x), dtype=bool))
-    found = held_out_probabilities(x, small, folds, ~confident_errors(found, small))
-    probabilities[np.ix_(judged, kept)] = found
-    is_error[judged] = confident_errors(found, small)
-    return Doubts(probabilities, is_error)
+    found, _ = held_out_probabilities(x, small, folds, np.ones(len(x), dtype=bool))
+    found, weights = held_out_probabilities(x, small, folds, ~confident_errors(found, small))
+    doubts.probabilities[np.ix_(judged, kept)] = found
+    doubts.is_error[judged] = confident_errors(found, small)
+    doubts.folds[judged] = folds
+    doubts.weights[:, :, kept] = weights
+    return doubts
 
 
 def assign_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
@@ -92,8 +111,9 @@ def assign_folds(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarra
 
 def held_out_probabilities(
     features: np.ndarray, labels: np.ndarray, folds: np.ndarray, is_learned: np.ndarray
-) -> np.ndarray:
-    """Predict each fold from the others: (N, num_classes).
+) -> tuple[np.ndarray, np.ndarray]:
+    """Predict each fold from the others: (N, num_classes); also return with which weights,
+    (NUM_FOLDS, num_features, num_classes).
 
     Linear discriminant analysis with a shrunk covariance (Friedman 1989). The shrinkage and the
     temperature are those under which the held-out labels are most likely.
@@ -101,22 +121,21 @@ def held_out_probabilities(
     is_learned: (N,), whether a photo may be learned from.
     """
     is_learned = is_learned | ~_has_enough(labels, folds, is_learned)
-    best, lowest = np.empty(0), math.inf
-    for shrinkage in SHRINKAGES:
-        logits = np.empty((len(labels), labels.max() + 1))
-        for fold in np.unique(folds):
-            held_out = folds == fold
-            learned = ~held_out & is_learned
-            weight, bias = discriminants(
-                features[learned], labels[learned], logits.shape[1], shrinkage
-            )
-            logits[held_out] = features[held_out] @ weight + bias
-        probabilities = softmax(logits, fit_temperature(logits, labels))
-        actual = probabilities[np.arange(len(labels)), labels]
-        loss = -np.log(np.maximum(actual, 1e-12)).mean()
-        if loss < lowest:
-            best, lowest = probabilities, loss
-    return best
+    num_classes = labels.max() + 1
+    logits = np.empty((len(SHRINKAGES), len(labels), num_classes))
+    weights = np.zeros((len(SHRINKAGES), NUM_FOLDS, features.shape[1], num_classes), np.float32)
+    for fold in np.unique(folds):
+        held_out = folds == fold
+        learned = ~held_out & is_learned
+        found = discriminants(features[learned], labels[learned], num_classes)
+        for number, (weight, bias) in enumerate(found):
+            logits[number, held_out] = features[held_out] @ weight + bias
+            weights[number, fold] = weight
+    probabilities = [softmax(each, fit_temperature(each, labels)) for each in logits]
+    actual = [each[np.arange(len(labels)), labels] for each in probabilities]
+    losses = [-np.log(np.maximum(each, 1e-12)).mean() for each in actual]
+    best = int(np.argmin(losses))
+    return probabilities[best], weights[best]
 
 
 def _has_enough(labels: np.ndarray, folds: np.ndarray, is_learned: np.ndarray) -> np.ndarray:
@@ -129,21 +148,22 @@ def _has_enough(labels: np.ndarray, folds: np.ndarray, is_learned: np.ndarray) -
 
 
 def discriminants(
-    features: np.ndarray, labels: np.ndarray, num_classes: int, shrinkage: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return weight (num_features, num_classes) and bias of log p(class | features), up to a
-    constant."""
+    features: np.ndarray, labels: np.ndarray, num_classes: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Give, for each shrinkage, weight (num_features, num_classes) and bias of
+    log p(class | features), up to a constant."""
     counts = np.bincount(labels, minlength=num_classes)
     one_hot = np.eye(num_classes, dtype=np.float32)[labels]
     means = one_hot.T @ features / np.maximum(counts, 1)[:, None]
     residuals = features - means[labels]
     covariance = residuals.T @ residuals / len(labels)
     width = len(covariance)
-    ridge = max(shrinkage * np.trace(covariance) / width, 1e-9)
-    covariance = (1 - shrinkage) * covariance + ridge * np.eye(width)
-    weight = np.linalg.solve(covariance, means.T)
     prior = np.log(np.maximum(counts, 1e-9) / len(labels))
-    return weight, prior - 0.5 * (means.T * weight).sum(axis=0)
+    for shrinkage in SHRINKAGES:
+        ridge = max(shrinkage * np.trace(covariance) / width, 1e-9)
+        shrunk = (1 - shrinkage) * covariance + ridge * np.eye(width)
+        weight = np.linalg.solve(shrunk, means.T)
+        yield weight, prior - 0.5 * (means.T * weight).sum(axis=0)
 
 
 def confident_joint(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,34 +214,59 @@ def difference_hash(images: Tensor) -> np.ndarray:
     return (cells[..., 1:] > cells[..., :-1]).flatten(1).numpy()
 
 
-def same_pictures(features: np.ndarray, hashes: np.ndarray) -> list[tuple[int, int]]:
-    """Find the pairs of photos, i < j, that show the same picture, however cropped or compressed.
+def same_pictures(features: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Find the photos that show the same picture, however cropped or compressed: (N,), the first
+    of each photo's group.
+
+    All pairs are compared, block by block. A group is all that is linked by pairs.
 
     features: as `directions` gives them.
     """
     centered = features - features.mean(axis=0)
     centered /= np.maximum(np.linalg.norm(centered, axis=1, keepdims=True), 1e-12)
-    pairs: list[tuple[int, int]] = []
-    for start in range(0, len(centered), ROWS_AT_ONCE):
-        cosines = centered[start : start + ROWS_AT_ONCE] @ centered[start:].T
-        rows, columns = np.nonzero(np.triu(cosines >= SIMILAR_PICTURE, 1))
-        bits = (hashes[start + rows] != hashes[start + columns]).sum(axis=1)
-        is_same = (cosines[rows, columns] >= SAME_PICTURE) | (bits <= SAME_HASH)
-        found = zip(rows[is_same].tolist(), columns[is_same].tolist(), strict=True)
-        pairs += [(start + row, start + column) for row, column in found]
-    return pairs
+    groups = np.arange(len(centered))
+    for start in range(0, len(centered), BLOCK):
+        for other in range(start, len(centered), BLOCK):
+            cosines = centered[start : start + BLOCK] @ centered[other : other + BLOCK].T
+            rows, columns = np.nonzero(cosines >= SIMILAR_PICTURE)
+            bits = (hashes[start + rows] != hashes[other + columns]).sum(axis=1)
+            is_same = (cosines[rows, columns] >= SAME_PICTURE) | (bits <= SAME_HASH)
+            is_pair = is_same & (start + rows < other + columns)
+            groups = joined(groups, start + rows[is_pair], other + columns[is_pair])
+    return groups
 
 
-def groups_of(pairs: Sequence[tuple[int, int]], number: int) -> np.ndarray:
-    """Return (N,): the first photo of the group that each photo belongs to by these pairs."""
+def joined(groups: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Join the groups of the photos of some pairs; a group is named by its first photo."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    rows, columns = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
-    graph = coo_matrix((np.ones(len(rows)), (rows, columns)), shape=(number, number))
+    if not len(rows):
+        return groups
+    ends = np.concatenate([groups, groups[rows]]), np.concatenate([np.arange(len(groups)), columns])
+    graph = coo_matrix((np.ones(len(ends[0]), dtype=bool), ends), shape=(len(groups),) * 2)
     _, component = connected_components(graph, directed=False)
-    _, first, place = np.unique(component, return_index=True, return_inverse=True)
-    return first[place]
+    _, first = np.unique(component, return_index=True)
+    return first[component]
+
+
+# Where the network looked --------------------------------------------------------------------
+
+
+def place_evidence(spatial: Tensor, weight: np.ndarray) -> Tensor:
+    """Say what each place of a photo adds to `features @ weight`, which is their mean: (h, w).
+
+    As a class activation map does for the features themselves: the part of each goes to the places
+    in proportion to its size there.
+
+    spatial: (num_features, h, w), of which the features are the mean. weight: (num_features,), for
+    features as `directions` gives them.
+    """
+    pooled = spatial.mean(dim=(1, 2)).numpy()
+    parts = torch.from_numpy(directions(pooled[None])[0] * weight)
+    sizes = spatial.abs()
+    shares = sizes / sizes.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+    return torch.einsum("c,chw->hw", parts, shares)
 
 
 # No food --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from app.ml.activation import MapMaker
 from app.ml.artifacts import (
     CENTROIDS,
     FORMAT_VERSION,
@@ -32,7 +33,7 @@ from app.ml.artifacts import (
 from app.ml.drift import RECORD_KEY
 from app.ml.forms import FORM_SUFFIXES, Runtime
 from app.ml.predictor import OnnxNetwork, TorchNetwork, forms_of
-from app.ml.preprocessing import normalize
+from app.ml.preprocessing import EvalTransform, normalize
 from training.config import TrainingConfig
 from training.data.splits import FoodData
 from training.release.confusion import write_confusion_matrix
@@ -45,7 +46,13 @@ from training.release.evaluation import (
 from training.release.export import check_logits
 from training.release.metrics import PREDICTION_COLUMNS, PREDICTIONS_NAME
 from training.release.promotion import is_worse_than_current, read_test
-from training.release.report import FormFacts, ReportFacts, write_model_card, write_report
+from training.release.report import (
+    ClassLook,
+    FormFacts,
+    ReportFacts,
+    write_model_card,
+    write_report,
+)
 from training.release.tables import write_table
 
 LIBRARIES = (
@@ -111,7 +118,8 @@ def release_model(
         evaluation = write_forms(version, evaluation)
         record = make_record(version, data, result, evaluation)
         version.write_record(record)
-        write_reports(version.report_folder, record, data, result, evaluation)
+        look = look_with(version.folder, record)
+        write_reports(version.report_folder, record, data, result, evaluation, look)
         verify(version, model, evaluation)
         version.becomes_current = may_become_current(config, version.folder, record)
     log_seconds({**evaluation.seconds, "saving": time.perf_counter() - began})
@@ -214,6 +222,7 @@ def write_reports(
     data: FoodData,
     result: TrainingResult,
     evaluation: Evaluation,
+    look: ClassLook,
 ) -> None:
     """Fill the version's report folder."""
     results, rows = evaluation.plain.results, evaluation.rows
@@ -229,9 +238,16 @@ def write_reports(
     with _skipped_if_it_fails(folder / "confusion_matrix.png") as path:
         write_confusion_matrix(results, path)
     with _skipped_if_it_fails(folder / "report.html") as path:
-        write_report(path, results=results, rows=rows, history=result.history, facts=facts)
+        history = result.history
+        write_report(path, results=results, rows=rows, history=history, facts=facts, look=look)
     with _skipped_if_it_fails(folder / "MODEL_CARD.md") as path:
         write_model_card(path, results=results, facts=facts)
+
+
+def look_with(folder: Path, record: ModelRecord) -> ClassLook:
+    """Return what says where a version that lies in a folder looked, as the server would."""
+    make_map, transform = MapMaker(folder, record), EvalTransform(record.preprocessing)
+    return lambda class_name, image: make_map(transform(image), class_name)
 
 
 def _results_json(results: dict[str, Any]) -> str:

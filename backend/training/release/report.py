@@ -3,9 +3,8 @@
 report.html is one self-contained file: report.css, page.js and report.js go into it when rendered.
 """
 
-import base64
+import functools
 import html
-import io
 import re
 import statistics
 from collections.abc import Callable, Mapping
@@ -16,20 +15,21 @@ from typing import Any, TypedDict
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from PIL import Image, ImageOps
+from PIL import Image
 
-from app.ml.preprocessing import ImageError, load_image
+from app.ml.activation import ActivationMap
 from training.release.calibration import VerdictShare
 from training.release.metrics import ClassScores, PredictionRow, Results, wilson_interval
+from training.release.pictures import picture_of, square
 
-THUMBNAIL_SIZE = 180  # pixels; a few more than shown, so that phones with dense screens look sharp
-THUMBNAIL_QUALITY = 80
 PICTURES_SHOWN = 24  # of one kind
 HITS_SHOWN = 12
 FILES_LISTED = 200  # of those that were skipped, and of duplicates
 CELLS_SHOWN = 50_000  # of the confusion matrix, about 600 kB
 CHART_BOX = {"width": 360, "height": 210, "left": 58, "right": 350, "top": 10, "bottom": 184}
 SPLITS = ("train", "val", "test")
+
+ClassLook = Callable[[str, Image.Image], ActivationMap]  # where a network looked for a class
 
 
 class FormFacts(TypedDict):
@@ -99,13 +99,19 @@ def write_report(
     rows: list[PredictionRow],
     history: list[dict[str, float]],
     facts: ReportFacts,
+    look: ClassLook | None = None,
 ) -> None:
     """Write the whole run as one self-contained page that needs no network.
 
-    history: one record per epoch. A picture that is no longer available is shown as missing.
+    history: one record per epoch. look: says where the network looked. A picture that is no longer
+    available is shown as missing.
     """
     mistakes = sorted((r for r in rows if not r["correct"]), key=lambda r: -r["confidence"])
     hits = sorted((r for r in rows if r["correct"]), key=lambda r: r["confidence"])
+    galleries = {
+        "mistakes": [with_thumbnail(row, look) for row in mistakes[:PICTURES_SHOWN]],
+        "hits": [with_thumbnail(row, look) for row in hits[:HITS_SHOWN]],
+    }
     write_page(
         path,
         "report.html",
@@ -118,9 +124,9 @@ def write_report(
         marks={"best": facts["best_epoch"], "stopped": facts["stopped_epoch"]},
         classes_by_f1=sorted(results["per_class"], key=_f1_or_last),
         typical_class=_typical_class(results),
-        mistakes=[with_thumbnail(row) for row in mistakes[:PICTURES_SHOWN]],
+        **galleries,
         num_mistakes=len(mistakes),
-        hits=[with_thumbnail(row) for row in hits[:HITS_SHOWN]],
+        has_heat=any(row["heat"] for rows in galleries.values() for row in rows),
         audit=_audit_summary(facts["audit"]),
         listed=FILES_LISTED,
         only_drawn=_only_drawn(facts),
@@ -159,24 +165,12 @@ def write_page(path: Path, template: str, **values: object) -> None:
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def with_thumbnail(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the name of the row's `file` and a small picture of it, None if it is missing."""
-    return {**row, "file_name": Path(row["file"]).name, "thumbnail": _thumbnail(row["file"])}
-
-
-def _thumbnail(file: str) -> str | None:
-    """Encode the image's square center, about what the network sees, as a data URI."""
-    try:
-        return data_uri(ImageOps.fit(load_image(file), (THUMBNAIL_SIZE, THUMBNAIL_SIZE)))
-    except (ImageError, OSError):  # moved or deleted since the test: the page says so
-        return None
-
-
-def data_uri(image: Image.Image) -> str:
-    """Encode a picture so that a page can hold it."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+def with_thumbnail(row: Mapping[str, Any], look: ClassLook | None = None) -> dict[str, Any]:
+    """Add the name of the row's `file`, a small picture of it, and where the network looked to give
+    its answer."""
+    for_answer = functools.partial(look, row["predicted"]) if look else None
+    picture = picture_of(row["file"], square, for_answer)
+    return {**row, "file_name": Path(row["file"]).name, **picture}
 
 
 def _matrix(results: Results) -> Matrix:

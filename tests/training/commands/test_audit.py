@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from tests.support import standin
 from tests.support.pages import Page
+from tests.support.photo_folders import write_images, write_tree
 from tests.support.runs import arguments, draw_photos
 from tests.support.web_page import CHROMIUM
 
 import train_model
+from app.ml.activation import SpatialNetwork
 from training.commands.audit import Photos, find
 
 CLASSES = ["dal", "naan", "pho"]
@@ -89,16 +91,34 @@ def test_the_page_is_one_file_in_which_names_stay_text(audited: Path) -> None:
     assert [card["data-name"] for card in cards] == [row["path"] for row in rows(audited)]
     assert f"red/{NASTY}" in page.text
     sources = [tag["src"] for tag in page.all("img")]
-    assert sources and all(source and source.startswith("data:image/jpeg") for source in sources)
+    assert sources and all(source and source.startswith("data:image/") for source in sources)
     assert not page.all("link")
+
+
+def test_the_page_shows_where_a_photo_looks_like_another_dish(audited: Path) -> None:
+    page = Page((audited / "audit.html").read_text(encoding="utf-8"))
+    heats = [tag["src"] for tag in page.all("img") if tag.get("class") == "heat"]
+    doubted = [row for row in rows(audited) if row["kind"] in ("label", "conflict")]
+    assert len(heats) == len(doubted) and len(set(heats)) > 1
+    assert [tag["id"] for tag in page.all("input") if tag.get("type") == "checkbox"] == ["heat"]
+
+
+def test_a_network_without_places_leaves_the_page_without_heat(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SpatialNetwork, "fits", lambda *_: False)
+    assert audit(photos, tmp_path) == 0
+    html = (tmp_path / "models" / "audit.html").read_text(encoding="utf-8")
+    assert rows(tmp_path / "models") and 'id="heat"' not in html and 'class="heat"' not in html
 
 
 def test_what_was_decided_is_not_asked_again(photos: Path, audited: Path, tmp_path: Path) -> None:
     first, second = (row["path"] for row in rows(audited)[:2])
-    labels = {first: first.split("/")[0]}  # is right, somebody says
-    assert audit(photos, tmp_path, "--labels", write_labels(tmp_path / "l.csv", labels)) == 0
-    left = {row["path"] for row in rows(tmp_path / "models")}
-    assert first not in left and second in left
+    for name in (first, str(photos / first)):
+        labels = {name: first.split("/")[0]}  # is right, somebody says
+        assert audit(photos, tmp_path, "--labels", write_labels(tmp_path / "l.csv", labels)) == 0
+        left = {row["path"] for row in rows(tmp_path / "models")}
+        assert first not in left and second in left
 
 
 def test_small_classes_are_named_and_bad_labels_refused(
@@ -116,6 +136,12 @@ def test_small_classes_are_named_and_bad_labels_refused(
     assert "no such class: blue" in caplog.records[-1].message
 
 
+def test_a_class_called_drop_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tree(tmp_path / "photos", {"dal": 6, "drop": 6})
+    assert audit(tmp_path / "photos", tmp_path) == 1
+    assert "a class is called 'drop'" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian's package chromium)")
@@ -130,6 +156,12 @@ def test_a_person_decides_by_keyboard_and_the_file_is_taken(
         page.goto((audited / "audit.html").as_uri())
         for key in ("ArrowRight", "Enter", "d", "ArrowLeft", "ArrowLeft", "u", "k"):
             page.keyboard.press(key)
+        heat = page.locator(".heat").first
+        assert not heat.is_visible()
+        page.keyboard.press("w")
+        assert heat.is_visible()
+        page.locator(".seen", has=heat).first.hover()  # which shows the photo for a moment
+        assert not heat.is_visible()
         with page.expect_download() as download:
             page.click("#save")
         download.value.save_as(tmp_path / "labels.csv")

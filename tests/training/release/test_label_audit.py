@@ -12,7 +12,7 @@ from training.release.label_audit import (
     directions,
     doubt_labels,
     far_out,
-    groups_of,
+    place_evidence,
     same_pictures,
 )
 
@@ -77,13 +77,61 @@ def test_the_same_picture_is_recognized_by_its_features_or_by_its_hash() -> None
     rng = np.random.default_rng(1)
     features = directions(rng.gamma(1.0, 1.0, (160, 64)))
     hashes = rng.random((len(features), 64)) < 0.5
-    assert same_pictures(features, hashes) == []
+    alone = np.arange(len(features))
+    assert same_pictures(features, hashes).tolist() == alone.tolist()
     features[7] = directions(features[[3]] ** 2 + 0.001)[0]
     features[150] = features[20]
-    pairs = same_pictures(features, hashes)
-    assert pairs == [(3, 7), (20, 150)]
-    groups = groups_of([*pairs, (7, 20)], len(features))
-    assert set(np.flatnonzero(groups == 3).tolist()) == {3, 7, 20, 150}
+    expected = alone.copy()
+    expected[7], expected[150] = 3, 20
+    assert same_pictures(features, hashes).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1000])
+def test_pictures_are_grouped_whatever_the_block(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are linked through others are one group, named by its first photo."""
+    rng = np.random.default_rng(1)
+    features = directions(rng.gamma(1.0, 1.0, (60, 64)))
+    hashes = rng.random((60, 64)) < 0.5
+    chain = features[50] + np.linspace(0, 1, 5)[:, None] * (features[3] - features[50])
+    for photo, between in zip((50, 12, 31, 59, 3), directions(chain), strict=True):
+        features[photo] = between
+    features[[20, 21, 22]] = features[20]
+    monkeypatch.setattr("training.release.label_audit.BLOCK", block)
+    groups = same_pictures(features, hashes)
+    ends = features[[3, 50]] - features.mean(axis=0)
+    assert ends[0] @ ends[1] < 0.6 * np.prod(np.linalg.norm(ends, axis=1))  # not by themselves
+    assert {3, 12, 31, 50, 59} == set(np.flatnonzero(groups == 3).tolist())
+    assert np.flatnonzero(groups == 20).tolist() == [20, 21, 22]
+    assert len(set(groups.tolist())) == 60 - 4 - 2
+
+
+def test_the_places_share_what_speaks_for_a_class() -> None:
+    """Their mean is all of it; a place where the features are zero has none."""
+    generator = torch.Generator().manual_seed(0)
+    spatial = torch.rand(32, 3, 4, generator=generator) - 0.2
+    spatial[:, 1, 2] = 0
+    weight = np.random.default_rng(0).normal(size=32).astype(np.float32)
+    evidence = place_evidence(spatial, weight)
+    whole = directions(spatial.mean(dim=(1, 2)).numpy()[None])[0] @ weight
+    assert evidence.shape == (3, 4)
+    assert evidence.mean().item() == pytest.approx(float(whole), abs=1e-5)
+    assert evidence[1, 2] == 0
+
+
+def test_a_doubt_is_explained_by_the_classifier_that_had_it() -> None:
+    features, labels = clusters()
+    noisy, alone = swap(labels, np.array([3])), np.arange(len(labels))
+    doubts = doubt_labels(features, noisy, 4, alone, seed=0)
+    weight = doubts.weight(3, 1, 0)
+    assert weight is not None and features[3] @ weight > features[labels == 1].mean(0) @ weight
+    assert doubts.weight(3, 0, 1) == pytest.approx(-weight)
+    same_fold = np.flatnonzero(doubts.folds == doubts.folds[3])
+    np.testing.assert_array_equal(doubts.weight(int(same_fold[0]), 1, 0), weight)
+    few = np.flatnonzero((labels > 0) | (alone < 3))  # of class 0, only three
+    small = doubt_labels(features[few], labels[few], 4, np.arange(len(few)), seed=0)
+    assert small.weight(0, 0, 1) is None and small.weight(10, 1, 0) is None
 
 
 def test_the_hash_survives_another_size_and_brightness() -> None:

@@ -160,6 +160,7 @@ def test_the_results_are_complete_and_agree_with_the_predictions(
     assert {row["file"] for row in rows} == set(data.test.paths)
     page = (report / "report.html").read_text(encoding="utf-8")
     assert "broken.jpg" in page and "Trained for all 2 epochs." in page
+    assert page.count('class="heat"') == page.count('class="seen"') == len(rows)
 
 
 def test_early_stopping_is_told(

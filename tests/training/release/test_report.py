@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.support.pages import NASTY, Page, make_history, make_run
 
+from app.ml.activation import ActivationMap
 from training.release import report
 from training.release.metrics import evaluate, prediction_rows
 from training.release.report import write_model_card, write_report
@@ -72,6 +74,32 @@ def test_galleries_show_the_right_pictures(tmp_path: Path, run: dict[str, Any]) 
     expected = [Path(r["file"]).name for r in wrong[:24] + right[:12]]
     assert re.findall(r'class="file" title="[^"]*">([^<]+)<', html) == expected
     assert len(page.all("img")) == len(expected)
+
+
+def test_each_picture_shows_where_the_model_saw_its_answer(
+    tmp_path: Path, run: dict[str, Any]
+) -> None:
+    asked = []
+
+    def look(class_name: str, _: Image.Image) -> ActivationMap:
+        asked.append(class_name)
+        return ActivationMap(class_name, [[1.0]] if class_name != "dal" else None, side=0.9)
+
+    html, page = render(tmp_path, {**run, "look": look})
+    shown = re.findall(r'class="answer (?:right|wrong)">(\w+)', html.replace("<wbr>", ""))
+    assert asked == shown
+    heats = [tag for tag in page.all("img") if tag.get("class") == "heat"]
+    assert 0 < len(heats) == sum(name != "dal" for name in shown)
+    assert 'id="heat"' in html
+
+
+@pytest.mark.parametrize("look", [None, lambda name, _: ActivationMap(name, None, 1.0, "why")])
+def test_without_maps_the_page_does_not_speak_of_them(
+    look: Any, tmp_path: Path, run: dict[str, Any]
+) -> None:
+    _, page = render(tmp_path, {**run, "look": look})
+    assert "looked" not in page.text
+    assert not [tag for tag in page.all("img") if tag.get("class") == "heat"]
 
 
 def test_missing_image_is_named_and_nothing_fails(tmp_path: Path, run: dict[str, Any]) -> None:

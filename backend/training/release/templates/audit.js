@@ -62,9 +62,10 @@ const KEYS = {
   ArrowRight: () => move(1), ArrowDown: () => move(1), ArrowLeft: () => move(-1), ArrowUp: () => move(-1),
   Enter: () => decideAndMove(now.dataset.suggestion), k: () => decideAndMove(now.dataset.label),
   d: () => decideAndMove(drop), u: () => decide(now, undefined), o: () => now.querySelector("input").focus(),
+  w: () => $("heat")?.click(),
 };
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input, select, button")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("input:not(#heat), select, button")) return;
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   const chosen = now?.querySelector(`[data-key="${CSS.escape(key)}"]`);
   const act = chosen ? () => decideAndMove(chosen.dataset.decide) : KEYS[key];
