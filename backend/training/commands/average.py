@@ -2,12 +2,13 @@
 
 Fine-tunes of the same start lie in one valley of the loss, so the mean of their weights is itself a
 good network, often better than each (Wortsman et al. 2022, arXiv:2203.05482). It is made greedily:
-the best version first, then each that makes the mean better on validation photos.
+the best version first, then each with which the mean holds its own on validation photos.
 """
 
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,10 @@ from training.data.manifest import MANIFEST_NAME, read_manifest
 from training.data.splits import FoodData, Split
 from training.errors import CheckpointError, ConfigError
 from training.release.evaluation import predict_split
-from training.release.metrics import evaluate
+from training.release.metrics import PairedTest, evaluate
 from training.release.release import Averaged, TrainingResult, release_model
 from training.run.record import recording_mean
 from training.run.resume import finished_version
-from training.run.state import EarlyStopping
 
 MIN_VALIDATION = 100  # photos that no parent was trained on, if there are so many
 MUST_AGREE = ("model_name", "weights", "freeze_layers")  # settings of versions that share a start
@@ -76,7 +76,7 @@ def train_and_average(train: Train, config: TrainingConfig, command: str) -> Mod
 def average_versions(
     config: TrainingConfig, versions: Sequence[int], command: str, tracking_uri: str | None
 ) -> ModelRecord | None:
-    """Release the mean of the versions that make it better; None if none does.
+    """Release the mean of the versions with which it holds; None if the best one stays alone.
 
     tracking_uri: of MLflow; None for that of the first version, unless it was trained without.
 
@@ -245,12 +245,28 @@ def _without(splits: Sequence[Split], paths: set[str]) -> Split:
 
 @dataclasses.dataclass(frozen=True)
 class Soup:
-    """A mean of weights, the versions in it, and what it reaches on validation."""
+    """A mean of weights, the versions in it, and what it reaches on validation.
+
+    hits: which of the images it answers correctly, bool (N,).
+    """
 
     state: State
     parents: tuple[int, ...]
-    val_acc: float
+    hits: np.ndarray
     val_loss: float
+
+    @property
+    def val_acc(self) -> float:
+        return float(self.hits.mean())
+
+    def holds_against(self, best: "Soup") -> bool:
+        """Whether it is not worse than another by more than one standard error.
+
+        As good is good enough: validation chose the parents' epochs, which flatters them, and not
+        the mean. The losses say nothing here, as the mean is less certain until it is calibrated.
+        """
+        test = PairedTest.of(best.hits, self.hits)
+        return test.lost - test.gained <= math.sqrt(test.lost + test.gained)
 
 
 def greedy_soup(
@@ -260,34 +276,28 @@ def greedy_soup(
     num_workers: int,
     device: torch.device,
 ) -> Soup:
-    """Begin with the best version; add each, the better ones first, that makes the mean better.
-
-    What is better is decided as between the epochs of a run; see `EarlyStopping`.
-    """
+    """Begin with the best version; add each, the better ones first, with which the mean holds."""
     network = build_model(config.model_name, len(data.class_to_idx))
 
     def measured(state: State, parents: tuple[int, ...]) -> Soup:
         network.load_state_dict(state)
-        val_acc, val_loss = validate(network, data, config, num_workers, device)
+        soup = Soup(state, parents, *validate(network, data, config, num_workers, device))
+        names = " + ".join(f"v{version}" for version in parents)
         logger.info(
-            "validation of %s: accuracy %.4f, loss %.4f",
-            " + ".join(f"v{version}" for version in parents),
-            val_acc,
-            val_loss,
+            "validation of %s: accuracy %.4f, loss %.4f", names, soup.val_acc, soup.val_loss
         )
-        return Soup(state, parents, val_acc, val_loss)
+        return soup
 
     states = {r.version: read_state(config.output_dir, r) for r in records}
     alone = [measured(state, (version,)) for version, state in states.items()]
     best, *others = sorted(alone, key=lambda soup: (-soup.val_acc, soup.val_loss))
-    judge = EarlyStopping(len(records), len(data.val))
-    judge.judge(1, best.val_loss, best.val_acc)
-    for number, other in enumerate(others, start=2):
-        parents = (*best.parents, *other.parents)
+    soup = best
+    for other in others:
+        parents = (*soup.parents, *other.parents)
         mixed = measured(mean_of([states[version] for version in parents]), parents)
-        if judge.judge(number, mixed.val_loss, mixed.val_acc):
-            best = mixed
-    return best
+        if mixed.holds_against(best):
+            soup = mixed
+    return soup
 
 
 def mean_of(states: Sequence[State]) -> State:
@@ -302,9 +312,9 @@ def mean_of(states: Sequence[State]) -> State:
 
 def validate(
     model: nn.Module, data: FoodData, config: TrainingConfig, num_workers: int, device: torch.device
-) -> tuple[float, float]:
-    """Compute accuracy and loss over the validation photos."""
+) -> tuple[np.ndarray, float]:
+    """Return which validation photos are answered correctly, bool (N,), and the loss."""
     network = TorchNetwork(model, config.model_name, device)
     found = predict_split(network, data.val, config.preprocessing, num_workers, device)
     results = evaluate(found.logits, found.labels, data.classes)
-    return results["top1"], results["loss"]
+    return found.logits.argmax(axis=1) == found.labels, results["loss"]

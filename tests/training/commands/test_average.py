@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.support import standin
@@ -70,10 +71,17 @@ def flags(photos: Path, folder: Path, weights: Path, *more: str) -> list[str]:
     return arguments(photos, folder, "--weights", str(weights), "--epochs", "2", *more)
 
 
-def means_are(worse: bool) -> Callable[..., tuple[float, float]]:
-    """In place of measuring: every network after the first two is worse, or better, than these."""
-    losses = iter([1.0, 1.1, *[9.0 if worse else 0.5] * 9])
-    return lambda *_: (0.5, next(losses))
+def right(number: int, of: int = 100, first: int = 0) -> np.ndarray:
+    """Hits: so many of the images, from this one on."""
+    hits = np.zeros(of, dtype=bool)
+    hits[first : first + number] = True
+    return hits
+
+
+def means_are(worse: bool) -> Callable[..., tuple[np.ndarray, float]]:
+    """In place of measuring: every network after the first two is worse than these, or is not."""
+    answers = iter([right(50), right(49), *[right(40 if worse else 50)] * 9])
+    return lambda *_: (next(answers), 0.5)
 
 
 def versions_of(folder: Path) -> list[Any]:
@@ -161,36 +169,36 @@ def test_nothing_is_released_where_one_alone_is_best(
     assert one.train.paths == two.train.paths and one.val.paths == two.val.paths
 
 
-def test_the_mean_is_made_greedily_of_what_makes_it_better(
+def test_the_mean_is_made_greedily_of_what_it_holds_with(
     two_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The best one first; accuracies within chance of each other are decided by the loss."""
+    """The best one first; a mean may be worse than it by one standard error, whatever it loses."""
     records = [dataclasses.replace(versions_of(two_runs)[0], version=n) for n in (1, 2, 3, 4)]
     states = {n: {"x": torch.tensor([float(n)])} for n in (1, 2, 3, 4)}
-    answers = {  # by the mean of the version numbers
-        1.0: (0.5, 0.9),
-        2.0: (0.9, 0.8),  # the best alone
-        3.0: (0.9, 0.9),
-        4.0: (0.7, 0.2),
-        2.5: (0.89, 0.7),  # 2 and 3: kept, less lost
-        3.0 + 1e-6: (0.4, 0.1),
-        (2 + 3 + 4) / 3 + 1e-6: (0.4, 0.1),
-        (2 + 3 + 1) / 3: (0.9, 0.75),  # not better than 2 and 3
-    }
+    answers = iter(
+        [
+            (right(50), 0.9),
+            (right(80), 0.8),  # version 2, the best alone
+            (right(80), 0.9),
+            (right(70), 0.2),
+            (right(79), 1.7),  # with 3: one less
+            (right(75, first=3), 0.1),  # and with 4: 3 lost at one end, 2 at the other
+            (right(80, first=2), 0.3),  # and with 1: 2 gained, 2 lost
+        ]
+    )
     loaded: list[float] = []
 
     class Network:
         def load_state_dict(self, state: dict[str, Tensor]) -> None:
             loaded.append(float(state["x"]))
 
-    calls = iter([1.0, 2.0, 3.0, 4.0, 2.5, 3.0 + 1e-6, (2 + 3 + 1) / 3])
     monkeypatch.setattr(average, "build_model", lambda *_: Network())
     monkeypatch.setattr(average, "read_state", lambda _, record: states[record.version])
-    monkeypatch.setattr(average, "validate", lambda *_: answers[next(calls)])
+    monkeypatch.setattr(average, "validate", lambda *_: next(answers))
     data = read_manifest(two_runs / "runs" / records[0].training["run"])
     soup = greedy_soup(records, data, TrainingConfig(), 0, CPU)
-    assert soup.parents == (2, 3) and soup.val_loss == 0.7
-    assert float(soup.state["x"]) == 2.5
+    assert soup.parents == (2, 3, 1) and (soup.val_acc, soup.val_loss) == (0.8, 0.3)
+    assert float(soup.state["x"]) == 2
     assert loaded == pytest.approx([1, 2, 3, 4, 2.5, 3, 2])
 
 
