@@ -14,7 +14,7 @@ from app.ml.artifacts import Decision
 from app.ml.drift import Verdict
 
 CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
-KNOWN_SHARE = 0.98  # share of real dishes that must not be called "not food"
+KNOWN_SHARE = 0.99  # share of real dishes that must not be called "not food"
 NUM_BINS = 15  # as in Guo et al. 2017
 INVERSE_TEMPERATURES = (0.1, 10.0)
 VALUES_AT_ONCE = 1_000_000  # logits that are computed with together: 8 MB in float64
