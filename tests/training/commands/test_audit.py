@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tests.support import standin
 from tests.support.pages import Page
-from tests.support.photo_folders import write_images, write_tree
+from tests.support.photo_folders import write_tree
 from tests.support.runs import arguments, draw_photos
 from tests.support.web_page import CHROMIUM
 
