@@ -60,7 +60,7 @@ from training.compute.distributed import Processes, join_processes, shared_gradi
 from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
-from training.data.loader import default_num_workers
+from training.data.loader import chosen_num_workers
 from training.data.manifest import fingerprint
 from training.data.splits import FoodData, load_food_data
 from training.errors import ConfigError, TrainingError
@@ -318,11 +318,10 @@ def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> Tr
     steps_per_epoch = math.ceil(num_images / config.batch_size)
     automatic_decay = 1 - 1 / max(2 * steps_per_epoch, 2)
     decay = automatic_decay if config.ema_decay == "on" else float(config.ema_decay)
-    workers = config.num_workers
     return dataclasses.replace(
         config.with_sizes(config.sizes),
         precision=choose_precision(config.precision, device),
-        num_workers=default_num_workers(device) if workers == "auto" else workers,
+        num_workers=chosen_num_workers(config.num_workers, device),
         ema_decay=decay,
         # A small rate protects what pretraining gave; without pretraining it only slows learning.
         backbone_lr_scale=config.backbone_lr_scale if config.is_pretrained else 1.0,

@@ -195,7 +195,7 @@ def answers(folder: Path, record: ModelRecord, split: Split, size: Size | None) 
         raise SystemExit(f"{len(found.skipped)} photos cannot be read: {[*found.skipped][:3]}")
     similarities = nearest_centroid(found.pooled, centroids).numpy()
     return Scores(
-        hits=found.logits.argmax(axis=1) == found.labels,
+        hits=found.hits,
         confidence=probabilities(found.logits, found.labels, decision.temperature).confidence,
         is_food=similarities >= decision.food_at,
         confident_at=decision.confident_at,

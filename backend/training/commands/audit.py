@@ -29,10 +29,11 @@ from training.compute.distributed import losses_explained
 from training.config import TrainingConfig
 from training.data.folders import join_names
 from training.data.labels import DROP, check_no_class_is_drop, name_in_labels, read_labels
-from training.data.loader import default_num_workers, eval_loader
+from training.data.loader import chosen_num_workers, eval_loader
 from training.data.manifest import SPLITS
 from training.data.splits import FoodData, folders_of
 from training.errors import ConfigError, DataError
+from training.release.evaluation import EVAL_BATCH_SIZE
 from training.release.label_audit import (
     MIN_PHOTOS,
     Doubts,
@@ -50,7 +51,6 @@ from training.run.start import load_start
 
 PAGE_NAME, TABLE_NAME = "audit.html", "audit.csv"
 COLUMNS = ["path", "label", "suggestion", "label_probability", "split", "kind", "why"]
-BATCH_SIZE = 64
 SHOWN = 400  # photos on the page, about 15 kB each; the table has all of them
 SUGGESTIONS, LIKELY = 3, 0.01  # classes to choose from by a key, and their least probability
 # The order on the page: what is certainly wrong, what is likely wrong, what may be left out.
@@ -174,8 +174,8 @@ def _looked_at(
     device = choose_device(config.device, 0)
     prepare_machine()
     network = TorchNetwork(model, config.model_name, device)
-    workers = default_num_workers(device) if config.num_workers == "auto" else config.num_workers
-    loader = eval_loader(paths, config.preprocessing, BATCH_SIZE, int(workers), device)
+    workers = chosen_num_workers(config.num_workers, device)
+    loader = eval_loader(paths, config.preprocessing, EVAL_BATCH_SIZE, workers, device)
     indices, pooled, hashes = [], [], []
     bar = tqdm(total=len(paths), unit=" images", disable=None, leave=False)
     with contextlib.closing(loader), losses_explained(hint=""), logging_redirect_tqdm(), bar:
@@ -184,7 +184,7 @@ def _looked_at(
                 indices.append(batch.indices.numpy())
                 pooled.append(network(normalize(batch.images, config.preprocessing))[1].numpy())
                 hashes.append(difference_hash(batch.images))
-            bar.update(BATCH_SIZE)
+            bar.update(EVAL_BATCH_SIZE)
     if not indices:
         raise DataError(f"none of {len(paths):,} photos can be read, e.g. {paths[0]}")
     return np.concatenate(indices), np.concatenate(pooled), np.concatenate(hashes)

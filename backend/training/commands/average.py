@@ -23,7 +23,7 @@ from app.ml.predictor import TorchNetwork
 from training.compute.devices import choose_device, prepare_machine
 from training.compute.distributed import asked_world_size
 from training.config import TrainingConfig, config_of_record
-from training.data.loader import default_num_workers
+from training.data.loader import chosen_num_workers
 from training.data.manifest import MANIFEST_NAME, read_manifest
 from training.data.splits import FoodData, Split
 from training.errors import CheckpointError, ConfigError
@@ -89,8 +89,7 @@ def average_versions(
     data = photos_of(records, config.checkpoint_dir)
     prepare_machine()
     device = choose_device(config.device, 0)
-    workers = config.num_workers
-    num_workers = default_num_workers(device) if workers == "auto" else int(workers)
+    num_workers = chosen_num_workers(config.num_workers, device)
     settings = settings_of_mean(records[0], config, tracking_uri)
     name = name_of_mean(records)
     with recording_mean(name, settings, data, device) as end:
@@ -317,4 +316,4 @@ def validate(
     network = TorchNetwork(model, config.model_name, device)
     found = predict_split(network, data.val, config.preprocessing, num_workers, device)
     results = evaluate(found.logits, found.labels, data.classes)
-    return found.logits.argmax(axis=1) == found.labels, results["loss"]
+    return found.hits, results["loss"]

@@ -417,6 +417,11 @@ def _leave_signals_to_the_main_process(worker: int) -> None:  # noqa: ARG001
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def chosen_num_workers(num_workers: int | str, device: torch.device) -> int:
+    """Return how many processes read images; `auto` depends on the machine."""
+    return default_num_workers(device) if num_workers == "auto" else int(num_workers)
+
+
 def default_num_workers(device: torch.device) -> int:
     """Choose the number of worker processes of one trainer.
 

@@ -63,6 +63,12 @@ class Predictions:
     pooled: Tensor
     skipped: dict[str, str]
 
+    @property
+    def hits(self) -> np.ndarray:
+        """Which images are answered correctly: bool (N,)."""
+        is_hit: np.ndarray = self.logits.argmax(axis=1) == self.labels
+        return is_hit
+
     def scored(self, centroids: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return logits, labels and the similarity to the nearest centroid, (N,)."""
         return self.logits, self.labels, nearest_centroid(self.pooled, centroids).numpy()
@@ -350,8 +356,7 @@ def fitted(known: Predictions, val: Predictions, num_classes: int) -> Fit:
 
 def compared(plain: Predictions, other: Predictions) -> FormComparison:
     """Compare two networks' answers to the same images."""
-    was_right, is_right = (p.logits.argmax(axis=1) == p.labels for p in (plain, other))
-    return FormComparison.of(was_right, is_right)
+    return FormComparison.of(plain.hits, other.hits)
 
 
 def tested_form(
