@@ -6,8 +6,8 @@
 Each door answers the test photos of a folder in the layout of Food-101, in a process of its own, on
 one thread. Start-up is from the start of that process to its first answer. The difference is the
 largest one of any class's probability from that of the plain network. A new door is a function in
-DOORS. Those of LiteRT and the browser ask files that --export wrote; the browser needs Chromium
-and, in the folder of the files for ONNX, `npm install onnxruntime-web`.
+DOORS. Those of LiteRT and the browser ask files that --export wrote; the browser and the page need
+Chromium and, in the folder of the files for ONNX, `npm install onnxruntime-web`.
 """
 
 import argparse
@@ -75,18 +75,9 @@ def pyfunc(folder: Path) -> Iterator[Ask]:
 @contextmanager
 def served(folder: Path) -> Iterator[Ask]:
     """`mlflow models serve`, a photo a request; it takes the fastest form, as our server does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     words = ["models", "serve", "-m", str(folder), "-p", port, "-w", "1", "--env-manager", "local"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *words],
-        env={**os.environ, "PATH": path},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
     address, top_k = f"http://127.0.0.1:{port}", num_classes(folder)
 
     def ask(photos: list[str]) -> Answers:
@@ -101,9 +92,30 @@ def served(folder: Path) -> Iterator[Ask]:
         with urllib.request.urlopen(asked, timeout=60) as answer:
             return dict(json.load(answer)["predictions"][0])
 
-    try:
-        wait_for(f"{address}/ping", process)
+    with running([sys.executable, "-m", "mlflow", *words], f"{address}/ping", PATH=path):
         yield ask
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], address: str, **environment: str) -> Iterator[None]:
+    """Inside, a server runs that answers at the address."""
+    process = subprocess.Popen(
+        command,
+        cwd=REPOSITORY / "backend",
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(address, process)
+        yield
     finally:
         os.killpg(process.pid, 15)
         process.wait(30)
@@ -197,22 +209,50 @@ def browser(folder: Path, suffix: str) -> Iterator[Ask]:
         tab.route("**/*", reply)
         tab.goto("http://127.0.0.1/")
         tab.wait_for_function("!!window.answer")
-
-        def ask(photos: list[str]) -> Answers:
-            answers = []
-            for photo in photos:
-                data = base64.b64encode(Path(photo).read_bytes()).decode()
-                answers.append(dict(zip(classes, tab.evaluate(ANSWER, data), strict=True)))
-            return answers
-
-        yield ask
+        yield lambda photos: in_tab(tab, photos, classes)
         chromium.close()
 
 
+@contextmanager
+def page(folder: Path) -> Iterator[Ask]:
+    """What the server's page does without the server, with its own resizing of the photos."""
+    from playwright.sync_api import sync_playwright
+
+    port = free_port()
+    address, classes = f"http://127.0.0.1:{port}", read_record(folder).classes
+    runtime = exported(folder, "onnx", "").parent / "node_modules" / "onnxruntime-web" / "dist"
+    settings = {"NUTRILEARN_MODEL_DIR": str(folder), "NUTRILEARN_OFFLINE_DIR": str(runtime)}
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", port]
+    with running(command, f"{address}/ready", **settings), sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"))
+        tab = chromium.new_page()
+        tab.goto(f"{address}/health")  # whose policy, unlike the page's, lets scripts be tried
+        tab.evaluate(LOAD_PAGE)
+        yield lambda photos: in_tab(tab, photos, classes)
+        chromium.close()
+
+
+LOAD_PAGE = """async () => {
+    const { load, recognize } = await import("/static/recognize.js");
+    const facts = await (await fetch("/offline/facts")).json();
+    const files = ["/offline/ort-wasm-simd-threaded.wasm", `/${facts.file}`];
+    const bytes = await Promise.all(files.map(async (file) => (await fetch(file)).arrayBuffer()));
+    const model = await load(...bytes, facts);
+    window.answer = (photo) => recognize(model, photo);
+}"""
 ANSWER = """async (data) => {
     const photo = await (await fetch("data:image/jpeg;base64," + data)).blob();
     return (await answer(photo)).probabilities;
 }"""
+
+
+def in_tab(tab: Any, photos: list[str], classes: list[str]) -> Answers:
+    """Ask the function `answer` of a page."""
+    answers = []
+    for photo in photos:
+        data = base64.b64encode(Path(photo).read_bytes()).decode()
+        answers.append(dict(zip(classes, tab.evaluate(ANSWER, data), strict=True)))
+    return answers
 
 
 def as_answer(top_predictions: Any) -> dict[str, float]:
@@ -236,6 +276,7 @@ DOORS: dict[str, Door] = {
     "litert int8": lambda folder: litert(folder, ".int8.tflite"),
     "browser": lambda folder: browser(folder, ".onnx"),
     "browser int8": lambda folder: browser(folder, ".int8.onnx"),
+    "page": page,
 }
 
 

@@ -39,6 +39,8 @@ RECORD = ModelRecord(
     created="2026-01-01T00:00:00+00:00",
 )
 
+INT8_DECISION = Decision(2.0, confident_at=0.1, food_at=-0.9)
+
 
 def release_model(
     output_dir: Path,
@@ -68,9 +70,15 @@ def release_model(
     return record
 
 
-def release_forms(output_dir: Path, classes: list[str], *, with_int8: bool = True) -> ModelRecord:
+def release_forms(
+    output_dir: Path,
+    classes: list[str],
+    *,
+    with_int8: bool = True,
+    decision: Decision = INT8_DECISION,
+) -> ModelRecord:
     """Release the stand-in in each form; the one read as INT8 is another network, to be told by its
-    answers. Needs the stand-in to be registered."""
+    answers, with this decision. Needs the stand-in to be registered."""
     from training.release.export import onnx_bytes
 
     networks = []
@@ -79,7 +87,7 @@ def release_forms(output_dir: Path, classes: list[str], *, with_int8: bool = Tru
         networks.append(build_model(standin.NAME, len(classes)))
         nn.init.normal_(head_linear(networks[-1], standin.NAME).weight, std=1.0)
     plain, other = (onnx_bytes(network.eval(), standin.NAME, 32) for network in networks)
-    own = OwnAnswers(Decision(2.0, confident_at=0.1, food_at=-0.9), {"top1": 0.75})
+    own = OwnAnswers(decision, {"top1": 0.75})
     with new_version(output_dir) as version:
         version.write(WEIGHTS, state_bytes(networks[0].state_dict()))
         version.write(ONNX, plain)
