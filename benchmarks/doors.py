@@ -5,9 +5,10 @@
 
 Each door answers the test photos of a folder in the layout of Food-101, in a process of its own, on
 one thread. Start-up is from the start of that process to its first answer. The difference is the
-largest one of any class's probability from that of the plain network. A new door is a function in
-DOORS. Those of LiteRT and the browser ask files that --export wrote; the browser and the page need
-Chromium and, in the folder of the files for ONNX, `npm install onnxruntime-web`.
+largest one of any class's probability from that of the plain network. A new door is a row of DOORS.
+Those of LiteRT (`pip install ai-edge-litert`) and the browser ask files that --export wrote; the
+browser and the page need Chromium and, in the folder of the files for ONNX,
+`npm install onnxruntime-web`. Spark needs `pip install pyspark` and Java.
 """
 
 import argparse
@@ -26,29 +27,31 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import alternating
 
 from app.ml.artifacts import read_record, released_files
+from app.ml.forms import FORM_SUFFIXES, Runtime
 
 Answers = list[dict[str, float]]  # class -> probability, a photo each
 Ask = Callable[[list[str]], Answers]
 PLAIN = "plain"
 LAST = "answers.json"
-EXPORTS = "exports"
+MODEL, EXPORTS = "model", "exports"
 REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER_SECONDS = 300
 
 
-# The doors: each is given the folder of a version and gives a function that answers photos -------
+# The doors: each is given the folder of a version and the file that it loads, and gives a function
+# that answers photos ------------------------------------------------------------------------------
 
 
 @contextmanager
-def in_process(folder: Path, runtime: Any) -> Iterator[Ask]:
+def in_process(folder: Path, file: Path) -> Iterator[Ask]:
     from app.ml.predictor import load_model_for_inference
 
-    model = load_model_for_inference(folder, runtime=runtime, num_threads=1)
+    model = load_model_for_inference(folder, runtime=runtime_of(file), num_threads=1)
 
     def ask(photos: list[str]) -> Answers:
         return [dict(model.predict(photo, len(model.classes)).top) for photo in photos]
@@ -56,12 +59,18 @@ def in_process(folder: Path, runtime: Any) -> Iterator[Ask]:
     yield ask
 
 
+def runtime_of(file: Path) -> Runtime:
+    """Name the form that a released file is."""
+    suffix = file.name[file.name.index(".") :]
+    return next(runtime for runtime, own in FORM_SUFFIXES.items() if own == suffix)
+
+
 @contextmanager
-def pyfunc(folder: Path) -> Iterator[Ask]:
+def pyfunc(folder: Path, file: Path) -> Iterator[Ask]:
     import mlflow
     import pandas as pd
 
-    config = {"runtime": "onnx", "num_threads": 1}
+    config = {"runtime": runtime_of(file), "num_threads": 1}
     model = mlflow.pyfunc.load_model(str(folder), model_config=config)
     top_k = num_classes(folder)
 
@@ -73,8 +82,9 @@ def pyfunc(folder: Path) -> Iterator[Ask]:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Ask]:
-    """`mlflow models serve`, a photo a request; it takes the fastest form, as our server does."""
+def served(folder: Path, _: Path) -> Iterator[Ask]:
+    """`mlflow models serve`, a photo a request; it takes the fastest form, as our server does,
+    which is INT8 on CPUs with instructions for it."""
     port = free_port()
     words = ["models", "serve", "-m", str(folder), "-p", port, "-w", "1", "--env-manager", "local"]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -133,7 +143,7 @@ def wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def spark(folder: Path) -> Iterator[Ask]:
+def spark(folder: Path, file: Path) -> Iterator[Ask]:
     """Spark on one core of this machine; its start is part of every cluster's."""
     import mlflow
     from pyspark.sql import SparkSession
@@ -143,7 +153,7 @@ def spark(folder: Path) -> Iterator[Ask]:
     for name in ("spark.driver.host", "spark.driver.bindAddress"):
         builder = builder.config(name, "127.0.0.1")
     session = builder.getOrCreate()
-    config = {"runtime": "onnx", "num_threads": 1}
+    config = {"runtime": runtime_of(file), "num_threads": 1}
     params = {"top_k": num_classes(folder)}
     answer = mlflow.pyfunc.spark_udf(session, str(folder), params=params, model_config=config)
 
@@ -157,25 +167,15 @@ def spark(folder: Path) -> Iterator[Ask]:
     session.stop()
 
 
-# The files that --export wrote ---------------------------------------------------------------
-
-
-def exported(folder: Path, format: str, suffix: str) -> Path:
-    """Find an exported file of the current version, which `registered_copy` links beside it."""
-    version = read_record(folder).version
-    return folder.parent / EXPORTS / f"v{version}-{format}" / f"food_model_v{version}{suffix}"
-
-
 @contextmanager
-def litert(folder: Path, suffix: str) -> Iterator[Ask]:
+def litert(folder: Path, file: Path) -> Iterator[Ask]:
     from ai_edge_litert.interpreter import Interpreter
 
     from app.ml.preprocessing import EvalTransform, load_image
 
     record = read_record(folder)
     transform = EvalTransform(record.preprocessing)
-    path = exported(folder, "litert", suffix)
-    run = Interpreter(str(path), num_threads=1).get_signature_runner()
+    run = Interpreter(str(file), num_threads=1).get_signature_runner()
 
     def ask(photos: list[str]) -> Answers:
         images = (transform(load_image(photo)).permute(1, 2, 0).numpy() for photo in photos)
@@ -186,20 +186,20 @@ def litert(folder: Path, suffix: str) -> Iterator[Ask]:
 
 
 @contextmanager
-def browser(folder: Path, suffix: str) -> Iterator[Ask]:
+def browser(folder: Path, file: Path) -> Iterator[Ask]:
     """The lines of docs/exports.md in Chromium, which also decodes and scales the photos."""
     from playwright.sync_api import sync_playwright
 
-    path, classes = exported(folder, "onnx", suffix), read_record(folder).classes
+    classes = read_record(folder).classes
     text = (REPOSITORY / "docs" / "exports.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^```js\n(.*?)^```", text, re.M | re.S)
-    program = program.replace("food_model_v3.int8.onnx", path.name)
+    program = program.replace("food_model_v3.int8.onnx", file.name)
     page = f"<script type=module>{program} window.answer = answer;</script>"
 
     def reply(route: Any) -> None:
         name = urllib.parse.urlsplit(route.request.url).path.removeprefix("/")
         if name:
-            route.fulfill(path=path.parent / name)
+            route.fulfill(path=file.parent / name)
         else:
             route.fulfill(body=page, content_type="text/html")
 
@@ -214,13 +214,13 @@ def browser(folder: Path, suffix: str) -> Iterator[Ask]:
 
 
 @contextmanager
-def page(folder: Path) -> Iterator[Ask]:
+def page(folder: Path, _: Path) -> Iterator[Ask]:
     """What the server's page does without the server, with its own resizing of the photos."""
     from playwright.sync_api import sync_playwright
 
     port = free_port()
     address, classes = f"http://127.0.0.1:{port}", read_record(folder).classes
-    runtime = exported(folder, "onnx", "").parent / "node_modules" / "onnxruntime-web" / "dist"
+    runtime = file_of(folder, BROWSER_RUNTIME)
     settings = {"NUTRILEARN_MODEL_DIR": str(folder), "NUTRILEARN_OFFLINE_DIR": str(runtime)}
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", port]
     with running(command, f"{address}/ready", **settings), sync_playwright() as driver:
@@ -263,20 +263,35 @@ def num_classes(folder: Path) -> int:
     return len(read_record(folder).classes)
 
 
-Door = Callable[[Path], AbstractContextManager[Ask]]
-DOORS: dict[str, Door] = {
-    PLAIN: lambda folder: in_process(folder, "torch"),
-    "onnx": lambda folder: in_process(folder, "onnx"),
-    "int8": lambda folder: in_process(folder, "int8"),
-    "pyfunc": pyfunc,
-    "models serve": served,
-    "spark": spark,
-    "litert": lambda folder: litert(folder, ".tflite"),
-    "litert fp16": lambda folder: litert(folder, ".fp16.tflite"),
-    "litert int8": lambda folder: litert(folder, ".int8.tflite"),
-    "browser": lambda folder: browser(folder, ".onnx"),
-    "browser int8": lambda folder: browser(folder, ".int8.onnx"),
-    "page": page,
+class Door(NamedTuple):
+    """file: that the door loads, from the folder that holds the version's; the braces stand for
+    its number."""
+
+    open: Callable[[Path, Path], AbstractContextManager[Ask]]
+    file: str
+
+
+def file_of(folder: Path, file: str) -> Path:
+    return folder.parent / file.format(read_record(folder).version)
+
+
+RELEASED = f"{MODEL}/food_model_v{{0}}"
+LITERT = f"{EXPORTS}/v{{0}}-litert/food_model_v{{0}}"
+ONNX = f"{EXPORTS}/v{{0}}-onnx/food_model_v{{0}}"
+BROWSER_RUNTIME = f"{EXPORTS}/v{{0}}-onnx/node_modules/onnxruntime-web/dist"
+DOORS = {
+    PLAIN: Door(in_process, f"{RELEASED}.pth"),
+    "onnx": Door(in_process, f"{RELEASED}.onnx"),
+    "int8": Door(in_process, f"{RELEASED}.int8.onnx"),
+    "pyfunc": Door(pyfunc, f"{RELEASED}.onnx"),
+    "models serve": Door(served, f"{RELEASED}.int8.onnx"),
+    "spark": Door(spark, f"{RELEASED}.onnx"),
+    "litert": Door(litert, f"{LITERT}.tflite"),
+    "litert fp16": Door(litert, f"{LITERT}.fp16.tflite"),
+    "litert int8": Door(litert, f"{LITERT}.int8.tflite"),
+    "browser": Door(browser, f"{ONNX}.onnx"),
+    "browser int8": Door(browser, f"{ONNX}.int8.onnx"),
+    "page": Door(page, f"{RELEASED}.int8.onnx"),
 }
 
 
@@ -288,7 +303,7 @@ def measure(door: Door, folder: Path, photos: list[str], began: float) -> dict[s
     import torch
 
     torch.set_num_threads(1)
-    with door(folder) as ask:
+    with door.open(folder, file_of(folder, door.file)) as ask:
         ask(photos[:1])
         startup, then = time.time() - began, time.perf_counter()
         answers = ask(photos)
@@ -322,7 +337,7 @@ def registered_copy(model_dir: Path, scratch: Path) -> Path:
     from training.run.mlflow_package import write_package
 
     record = read_record(model_dir)
-    folder = scratch / "model"
+    folder = scratch / MODEL
     write_package(folder, json.loads(record.to_json()), run_id="none")
     for file in released_files(model_dir, record):
         shutil.copy(file, folder)
@@ -337,7 +352,9 @@ def test_photos(data_dir: Path, limit: int) -> list[str]:
     return names[::step][:limit]
 
 
-def row(name: str, found: dict[str, Any], plain: dict[str, Any] | None, actual: list[str]) -> str:
+def row(
+    name: str, size: int, found: dict[str, Any], plain: dict[str, Any] | None, actual: list[str]
+) -> str:
     guesses = [max(answer, key=answer.__getitem__) for answer in found["answers"]]
     top1 = sum(g == a for g, a in zip(guesses, actual, strict=True)) / len(actual)
     difference = "-"
@@ -345,7 +362,10 @@ def row(name: str, found: dict[str, Any], plain: dict[str, Any] | None, actual: 
         pairs = zip(found["answers"], plain["answers"], strict=True)
         largest = max(abs(ours[c] - theirs[c]) for ours, theirs in pairs for c in theirs)
         difference = f"{largest:.1e}"
-    return f"| {name} | {top1:.4f} | {difference} | {found['startup']:.1f} | {found['ms']:.1f} |"
+    return (
+        f"| {name} | {top1:.4f} | {difference} | {size / 1e6:.1f} | {found['startup']:.1f} "
+        f"| {found['ms']:.1f} |"
+    )
 
 
 def main() -> None:
@@ -366,14 +386,15 @@ def main() -> None:
         Path(options.result).write_text(json.dumps(found))
         return
     print(alternating.machine())
-    print("| door | top-1 | largest difference | start-up, s | ms a photo |")
-    print("|---|---|---|---|---|")
+    print("| door | top-1 | largest difference | size, MB | start-up, s | ms a photo |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         folder, plain = registered_copy(options.model_dir, Path(scratch)), None
         for name in dict.fromkeys([PLAIN, *options.doors]):
             if measured := in_own_process(name, options, folder):
                 actual = [photo.split("/")[0] for photo in names]
-                print(row(name, measured, plain, actual), flush=True)
+                size = file_of(folder, DOORS[name].file).stat().st_size
+                print(row(name, size, measured, plain, actual), flush=True)
                 plain = plain or measured
 
 
