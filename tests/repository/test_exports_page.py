@@ -107,7 +107,7 @@ def test_the_browser_lines_answer_as_the_version_does(folder: Path, site: str) -
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not importlib.util.find_spec("ai_edge_litert"), reason="needs pip install litert-torch"
+    not importlib.util.find_spec("litert_torch"), reason="needs pip install litert-torch"
 )
 def test_the_litert_lines_answer_as_the_version_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

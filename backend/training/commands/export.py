@@ -21,7 +21,7 @@ from training.release.standalone_formats import (
     export_litert,
     export_onnx,
 )
-from training.release.standalone_int8 import export_litert_int8
+from training.release.standalone_smaller import export_smaller
 
 EXPORTS = "exports"  # the folder beside the versions
 SHOWN_REASON = 200  # characters
@@ -57,16 +57,16 @@ def export_version(config: TrainingConfig, version: int, format: str) -> Path:
 
 
 def write_litert(config: TrainingConfig, version: int, folder: Path) -> list[Exported]:
-    """Write the LiteRT files; the one in integers if the photos of its run are there."""
-    files = export_litert(config.output_dir, version, folder)
+    """Write the LiteRT files; the smaller ones if the photos that judge them are there."""
     predictor = load_model_for_inference(config.output_dir, version, runtime="torch")
+    plain = export_litert(predictor, folder)
     try:
         data = photos_of_version(predictor.record, config.checkpoint_dir)
-        int8 = export_litert_int8(files[0].path, predictor, data, config.seed)
+        smaller = export_smaller(plain.path, predictor, data, config.seed)
     except ArtifactError as error:
-        logger.info("no INT8 file: %s", error)
-        return files
-    return [*files, int8]
+        logger.info("no fp16 and no INT8 file: %s", error)
+        return [plain]
+    return [plain, *smaller]
 
 
 FORMATS: dict[str, Callable[[TrainingConfig, int, Path], list[Exported]]] = {

@@ -14,7 +14,7 @@ from app.ml.durable import write_durably
 from app.ml.model import TIMM, backbone, build_model, head_linear
 from app.ml.predictor import FoodPredictor, TorchNetwork, load_model_for_inference
 from app.ml.timm_networks import import_timm
-from training.release.standalone import SAME, answers_of, facts_of
+from training.release.standalone import answers_of, facts_of
 from training.release.standalone_formats import Exported, checked
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"  # as the hub names them
@@ -68,7 +68,7 @@ def export_hub(model_dir: Path, version: int, folder: Path) -> list[Exported]:
     model.load_state_dict(load_file(folder / WEIGHTS))
     network = TorchNetwork(model, record.model_name, torch.device("cpu"))
     again = FoodPredictor(record, network, predictor.centroids)
-    return [checked(folder / WEIGHTS, predictor, partial(answers_of, again), SAME)]
+    return [checked(folder / WEIGHTS, predictor, partial(answers_of, again))]
 
 
 def library_of(model_name: str) -> str:

@@ -16,7 +16,6 @@ from app.ml.preprocessing import normalize
 INPUT, PROBABILITIES, SIMILARITY = "image", "probabilities", "similarity"
 NUM_COMPARED = 8  # pictures on which an exported file must answer as the version does
 SAME = 1e-3  # largest difference of an answer in the same precision
-NEARLY_SAME = 0.02  # in half of it
 
 
 class ExportError(ArtifactError):

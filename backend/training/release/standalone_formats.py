@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from app.ml.artifacts import file_name, read_checked, read_record, reason_of
+from app.ml.artifacts import file_name, read_checked, read_record
 from app.ml.durable import write_durably
 from app.ml.forms import FORM_SUFFIXES, Runtime
 from app.ml.model import BACKBONES
 from app.ml.predictor import FoodPredictor, OnnxNetwork, forms_of, load_model_for_inference
 from training.release.standalone import (
     INPUT,
-    NEARLY_SAME,
     PROBABILITIES,
     SAME,
     SIMILARITY,
@@ -34,8 +33,6 @@ from training.release.standalone import (
 )
 
 FEW_NUMBERS = 16  # in a constant that is not looked at: shapes, axes, steps
-
-logger = logging.getLogger(__name__)
 
 
 class Exported(NamedTuple):
@@ -57,20 +54,18 @@ def import_package(module: str, package: str, format: str) -> Any:
         raise ExportError(f"--format {format} needs a package: pip install {package}") from error
 
 
-def checked(
-    path: Path, predictor: FoodPredictor, run: Callable[[Tensor], Answers], limit: float
-) -> Exported:
+def checked(path: Path, predictor: FoodPredictor, run: Callable[[Tensor], Answers]) -> Exported:
     """Ask a file and the version about the same pictures.
 
     Raises:
-        ExportError: they differ by more than the limit.
+        ExportError: they do not answer the same.
     """
     images = pictures(predictor.record.preprocessing.crop)
     difference = run(images).difference(answers_of(predictor, images))
-    if not difference <= limit:  # nor may it be NaN
+    if not difference <= SAME:  # nor may it be NaN
         raise ExportError(
             f"{path.name} does not answer as version {predictor.record.version} does: its "
-            f"probabilities differ by up to {difference:.2g}; the limit is {limit:g}"
+            f"probabilities differ by up to {difference:.2g}; the limit is {SAME:g}"
         )
     return Exported(path, f"answers differ by up to {difference:.2g} from those of the version")
 
@@ -115,7 +110,7 @@ def export_onnx(model_dir: Path, version: int, folder: Path) -> list[Exported]:
         data = standalone_onnx(read_checked(model_dir, name, predictor.record), predictor)
         write_durably(folder / name, data)
         write_facts(folder / name, predictor)
-        exported.append(checked(folder / name, predictor, onnx_runner(data), SAME))
+        exported.append(checked(folder / name, predictor, onnx_runner(data)))
     return exported
 
 
@@ -190,45 +185,15 @@ def onnx_runner(data: bytes) -> Callable[[Tensor], Answers]:
 # LiteRT ---------------------------------------------------------------------------------------
 
 
-def export_litert(model_dir: Path, version: int, folder: Path) -> list[Exported]:
-    """Write the network for one picture at a time, and the same with weights of half the size."""
-    predictor = load_model_for_inference(model_dir, version, runtime="torch")
-    plain = folder / file_name(version, ".tflite")
-    small = folder / file_name(version, ".fp16.tflite")
+def export_litert(predictor: FoodPredictor, folder: Path) -> Exported:
+    """Write the network for one picture at a time."""
+    path = folder / file_name(predictor.record.version, ".tflite")
     example = {INPUT: pictures(predictor.record.preprocessing.crop)[:1]}
     with quiet_output():
         litert_torch = import_package("litert_torch", "litert-torch", "litert")
-        litert_torch.convert(network_of(predictor), sample_kwargs=example).export(str(plain))
-        write_fp16(plain, small)
-    exported = [checked(plain, predictor, litert_runner(plain), SAME)]
-    try:
-        exported.append(checked(small, predictor, litert_runner(small), NEARLY_SAME))
-    except ExportError as error:
-        small.unlink()
-        logger.info("no fp16 form: %s", reason_of(error))
-    for file in exported:
-        write_facts(file.path, predictor)
-    return exported
-
-
-def write_fp16(plain: Path, small: Path) -> None:
-    """Round the weights to 16 bits; what is computed with them stays in 32."""
-    from ai_edge_quantizer import qtyping, quantizer
-    from ai_edge_quantizer.algorithm_manager import AlgorithmName
-
-    weights = qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT)
-    casting = quantizer.Quantizer(str(plain))
-    casting.update_quantization_recipe(
-        regex=".*",
-        operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
-        algorithm_key=AlgorithmName.FLOAT_CASTING,
-        op_config=qtyping.OpQuantizationConfig(
-            weight_tensor_config=weights,
-            compute_precision=qtyping.ComputePrecision.FLOAT,
-            explicit_dequantize=True,
-        ),
-    )
-    casting.quantize().export_model(str(small))
+        litert_torch.convert(network_of(predictor), sample_kwargs=example).export(str(path))
+    write_facts(path, predictor)
+    return checked(path, predictor, litert_runner(path))
 
 
 def litert_runner(path: Path) -> Callable[[Tensor], Answers]:
