@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +132,12 @@ class OurLoop:
         with float32_gradients(run.trained, self.frozen.device, self.frozen.dtype):
             train_model.train_epoch(run, run.trained, self.train_batches, self.checkpointer, alone)
         count = run.progress.count
-        if self.validates:
-            train_model.validate_epoch(run, self.val_batches, self.checkpointer, alone)
-        run.progress.finish_epoch({})
+        if not self.validates:
+            run.progress.finish_epoch({})
+            return count
+        loss, accuracy = train_model.validate_epoch(run, self.val_batches, self.checkpointer, alone)
+        metrics = {"epoch": run.progress.epoch + 1, "val_loss": loss, "val_acc": accuracy}
+        train_model.finish_epoch(run, metrics)
         return count
 
     def close(self) -> None:
@@ -151,25 +154,31 @@ class OurLoop:
         return model
 
 
-class Checkout:
-    """The training epoch of a checkout, in a process of its own."""
+class Child:
+    """A side of a benchmark in a process of its own, which answers line by line."""
 
-    def __init__(self, checkout: Path, folder: Path, views: int, *flags: str) -> None:
-        self.checkout, script = checkout, Path(__file__).with_name("epochs_of_checkout.py")
+    def __init__(self, script: str, *arguments: object) -> None:
+        self.arguments = [str(argument) for argument in arguments]
         self.process = subprocess.Popen(
-            [sys.executable, script, checkout.resolve(), folder, str(views), *flags],
+            [sys.executable, Path(__file__).with_name(script), *self.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    def epoch(self) -> int:
-        assert self.process.stdin and self.process.stdout
-        print("epoch", file=self.process.stdin, flush=True)
+    def ask(self, line: str) -> str:
+        assert self.process.stdin
+        with suppress(BrokenPipeError):  # it has ended, which its answer tells
+            print(line, file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> str:
+        """Wait for the next line."""
+        assert self.process.stdout
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"the benchmark of {self.checkout} failed, see above")
-        return int(answer)
+            raise SystemExit(f"the side {self.arguments[0]} failed, see above")
+        return answer.strip()
 
     def close(self) -> None:
         self.process.kill()
@@ -220,11 +229,13 @@ def against_checkout(options: argparse.Namespace, views: int, folder: Path) -> N
     config = config_from(options, folder)
     flags = [f"--data_dir={config.data_dir}", f"--images={options.images}"]
     flags += [f"--weights={config.weights}", f"--model_name={config.model_name}"]
+    script, against = "epochs_of_checkout.py", options.against.resolve()
     with (
-        closing(Checkout(options.against, folder / "against", views, *flags)) as theirs,
-        closing(Checkout(alternating.REPOSITORY, folder / "ours", views, *flags)) as ours,
+        closing(Child(script, against, folder / "against", views, *flags)) as theirs,
+        closing(Child(script, alternating.REPOSITORY, folder / "ours", views, *flags)) as ours,
     ):
-        report(options, views, theirs.epoch, ours.epoch)
+        epochs = [lambda side=side: int(side.ask("epoch")) for side in (theirs, ours)]
+        report(options, views, *epochs)
 
 
 def report(
