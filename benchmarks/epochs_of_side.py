@@ -7,7 +7,7 @@ Building the side belongs to its first epoch. FOLDER is for its files.
 
 The peers get what our recipe found, where they have it: timm's loop the frozen layers, the rates,
 the smoothed labels and the average of the weights, beside its own cosine schedule and AdamW; fastai
-has a recipe of its own, with the crops and the loss of its ImageNette example.
+has a recipe of its own, with the crops and the loss of its Imagenette example.
 """
 
 import argparse
