@@ -40,7 +40,7 @@ PLAIN = "plain"
 LAST = "answers.json"
 MODEL, EXPORTS = "model", "exports"
 REPOSITORY = Path(__file__).resolve().parents[1]
-SERVER_SECONDS = 300
+START_SECONDS = 300
 
 
 # The doors: each is given the folder of a version and the file that it loads, and gives a function
@@ -132,7 +132,7 @@ def running(command: list[str], address: str, **environment: str) -> Iterator[No
 
 
 def wait_for(address: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + SERVER_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:
             urllib.request.urlopen(address, timeout=5)
@@ -188,8 +188,6 @@ def litert(folder: Path, file: Path) -> Iterator[Ask]:
 @contextmanager
 def browser(folder: Path, file: Path) -> Iterator[Ask]:
     """The lines of docs/exports.md in Chromium, which also decodes and scales the photos."""
-    from playwright.sync_api import sync_playwright
-
     classes = read_record(folder).classes
     text = (REPOSITORY / "docs" / "exports.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"^```js\n(.*?)^```", text, re.M | re.S)
@@ -203,33 +201,25 @@ def browser(folder: Path, file: Path) -> Iterator[Ask]:
         else:
             route.fulfill(body=page, content_type="text/html")
 
-    with sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"))
-        tab = chromium.new_page()
+    with new_tab() as tab:
         tab.route("**/*", reply)
         tab.goto("http://127.0.0.1/")
         tab.wait_for_function("!!window.answer")
         yield lambda photos: in_tab(tab, photos, classes)
-        chromium.close()
 
 
 @contextmanager
 def page(folder: Path, _: Path) -> Iterator[Ask]:
     """What the server's page does without the server, with its own resizing of the photos."""
-    from playwright.sync_api import sync_playwright
-
     port = free_port()
     address, classes = f"http://127.0.0.1:{port}", read_record(folder).classes
     runtime = file_of(folder, BROWSER_RUNTIME)
     settings = {"NUTRILEARN_MODEL_DIR": str(folder), "NUTRILEARN_OFFLINE_DIR": str(runtime)}
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", port]
-    with running(command, f"{address}/ready", **settings), sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"))
-        tab = chromium.new_page()
+    with running(command, f"{address}/ready", **settings), new_tab() as tab:
         tab.goto(f"{address}/health")  # whose policy, unlike the page's, lets scripts be tried
         tab.evaluate(LOAD_PAGE)
         yield lambda photos: in_tab(tab, photos, classes)
-        chromium.close()
 
 
 LOAD_PAGE = """async () => {
@@ -244,6 +234,19 @@ ANSWER = """async (data) => {
     const photo = await (await fetch("data:image/jpeg;base64," + data)).blob();
     return (await answer(photo)).probabilities;
 }"""
+
+
+@contextmanager
+def new_tab() -> Iterator[Any]:
+    """Inside, Chromium has an empty page."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=shutil.which("chromium"))
+        tab = chromium.new_page()
+        tab.set_default_timeout(1000 * START_SECONDS)
+        yield tab
+        chromium.close()
 
 
 def in_tab(tab: Any, photos: list[str], classes: list[str]) -> Answers:
