@@ -37,7 +37,9 @@ token_of = HTTPBearer(auto_error=False, description="the server's NUTRILEARN_REL
 Answered = TypeVar("Answered")
 
 
-def service_of(request: Request) -> InferenceService:
+async def service_of(request: Request) -> InferenceService:
+    """Async, as all dependencies here: FastAPI gives a plain function a thread, which costs more
+    than the function does."""
     service = request.app.state.service
     assert isinstance(service, InferenceService)
     return service
@@ -208,7 +210,7 @@ def drift_of(service: InferenceService) -> Drift | None:
     )
 
 
-def check_token(
+async def check_token(
     service: Service,
     authorization: Annotated[HTTPAuthorizationCredentials | None, Depends(token_of)],
 ) -> None:

@@ -52,7 +52,7 @@ FORM_BODY = {
 }
 
 
-def store_of(request: Request) -> FeedbackStore:
+async def store_of(request: Request) -> FeedbackStore:
     store = request.app.state.feedback
     if store is None:
         raise HTTPException(404, OFF)
@@ -64,7 +64,7 @@ Store = Annotated[FeedbackStore, Depends(store_of)]
 CorrectionId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 
 
-def check_rate(request: Request, _: Store) -> None:
+async def check_rate(request: Request, _: Store) -> None:
     """Count a correction of this client, before its body is read."""
     limit = request.app.state.feedback_rate
     assert isinstance(limit, RateLimit)

@@ -294,6 +294,16 @@ def test_an_unexpected_error_has_the_shape_too(
         assert 'refusals_total{code="internal_error"} 1.0' in client.get("/metrics").text
 
 
+def test_nothing_but_the_photo_takes_a_thread(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(function: object, *_: object, **__: object) -> None:
+        raise AssertionError(f"{function} was given a thread")
+
+    monkeypatch.setattr("anyio.to_thread.run_sync", refuse)  # what FastAPI gives plain functions
+    assert ask(client, encode(plate())).status_code == 200
+
+
 def test_every_status_is_described_with_an_example(client: TestClient) -> None:
     routes = client.get("/openapi.json").json()["paths"]
     documented = {int(status) for status in routes["/api/v1/predict"]["post"]["responses"]}

@@ -89,7 +89,10 @@ class EvalTransform:
         """RGB image -> uint8 (3, crop, crop)."""
         config = self.config
         image = F.resize(image, [config.resize], interpolation=self.interpolation)
-        return F.pil_to_tensor(F.center_crop(image, [config.crop, config.crop]))
+        image = F.center_crop(image, [config.crop, config.crop])
+        # PIL keeps a pixel's colors together, a network wants each color apart: moving bytes takes
+        # a quarter of the time that moving the floats of `normalize` does.
+        return F.pil_to_tensor(image).contiguous()
 
 
 def normalize(images: Tensor, config: PreprocessConfig) -> Tensor:

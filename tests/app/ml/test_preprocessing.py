@@ -28,6 +28,7 @@ def test_each_backbones_recipe_survives_json(name: str) -> None:
     assert PreprocessConfig.from_dict(config.to_dict()) == config
     pixels = EvalTransform(config)(noise(300, 280))
     assert (pixels.dtype, pixels.shape) == (torch.uint8, (3, config.crop, config.crop))
+    assert pixels.is_contiguous()  # the floats would be moved later, in four times the time
 
 
 @settings(max_examples=100, deadline=None)
