@@ -58,6 +58,7 @@ from training.compute.devices import (
 )
 from training.compute.distributed import Processes, join_processes, shared_gradients
 from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
+from training.compute.frozen_int8 import int8_if_faster
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
 from training.data.loader import chosen_num_workers
@@ -368,6 +369,30 @@ def build_run(
     )
 
 
+def build_sources(
+    run: Run,
+    data: FoodData,
+    frozen: nn.Module,
+    device: torch.device,
+    run_dir: Path,
+    processes: Processes,
+    *,
+    is_new: bool,
+) -> tuple[FeatureSource, FeatureSource]:
+    """Build what training and validation are fed from.
+
+    is_new: the run may choose what its frozen layers compute in; a resumed one has chosen.
+    """
+    config, skipped = run.config, run.skipped
+    dtype = DTYPES[config.precision]
+    part = FrozenPart(frozen, config.preprocessing, device, dtype, run.micro_batch)
+    if is_new and run.asked["precision"] == "auto":
+        run.frozen_int8 = processes.from_main(
+            lambda: int8_if_faster(frozen, part, config, data.train, skipped)
+        )
+    return feature_sources(config, data, part, run.frozen_int8, run_dir, processes, skipped)
+
+
 def load_data(config: TrainingConfig) -> FoodData:
     """List the images, drawing the sample first if it is asked for."""
     data_dir = draw_sample(config.source_dir) if config.sample else config.source_dir
@@ -412,10 +437,8 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         run.restore(checkpoint.state)
     run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
 
-    frozen_part = FrozenPart(
-        frozen, config.preprocessing, device, DTYPES[run.config.precision], run.micro_batch
-    )
-    sources = feature_sources(run.config, data, frozen_part, run_dir, processes, run.skipped)
+    is_new = checkpoint is None
+    sources = build_sources(run, data, frozen, device, run_dir, processes, is_new=is_new)
     with open_session(run, run_dir, data, checkpoint, device, processes, sources) as session:
         fit(run, *sources, session, processes)
         if not session.end_training():
