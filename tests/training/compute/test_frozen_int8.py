@@ -1,6 +1,5 @@
 """The frozen layers in integers: where they are taken, and who sees them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ from tests.support.runs import draw_photos
 from torch import Tensor, nn
 
 from app.ml.model import build_model, split_model
-from training.compute import frozen_int8
+from training.compute import frozen_int8, quantization
 from training.compute.distributed import Processes
 from training.compute.features import FeatureSource, FrozenPart, feature_sources
 from training.compute.frozen_int8 import MIN_BATCHES, int8_if_faster, may_pay
 from training.compute.memory import MicroBatch
+from training.compute.tracing import trace
 from training.config import TrainingConfig
 from training.data.loader import Batch
 from training.data.splits import FoodData, Split
@@ -28,16 +28,11 @@ NUM_IMAGES = 6
 NONE = torch.zeros(0, dtype=torch.int64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def backbone() -> Iterator[None]:
-    with standin.registered():
-        yield
-
-
 @pytest.fixture(scope="module")
 def layers() -> nn.Module:
     torch.manual_seed(0)
-    return split_model(build_model(standin.NAME, 3), standin.NAME, 3)[0]
+    with standin.registered():
+        return split_model(build_model(standin.NAME, 3), standin.NAME, 3)[0]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +45,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU with the instructions, where integers take half of the time."""
+    standin.register()
     monkeypatch.setattr(frozen_int8, "has_vnni", lambda: True)
     monkeypatch.setattr(frozen_int8, "compare", lambda *_: (2.0, 1.0))
 
@@ -97,9 +93,22 @@ def test_it_is_taken_where_it_is_clearly_faster_and_one_line_says_so(
     monkeypatch.setattr(frozen_int8, "compare", lambda *_: (10.0, int8))
     assert bool(len(quantized(layers, split))) == pays
     form = "in int8" if pays else "stay as they are"
-    assert caplog.messages == [
-        f"frozen layers {form}: 6 images take 10 ms as they are, 8 ms in int8"
-    ]
+    (line,) = caplog.messages
+    told = f"frozen layers {form}: 6 images take 10 ms as they are, 8 ms in int8 (error 0.0"
+    assert line.startswith(told)
+
+
+def test_it_is_not_taken_where_the_features_are_others(
+    layers: nn.Module, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a network computes its padding, and that is rounded too."""
+
+    def quantize_another(_: bytes, pixels: Tensor) -> bytes:
+        other = split_model(build_model(standin.NAME, 3), standin.NAME, 3)[0]
+        return quantization.quantize(trace(other, pixels.shape[-1], "features"), pixels)
+
+    monkeypatch.setattr(frozen_int8, "quantize", quantize_another)
+    assert not len(quantized(layers, split))
 
 
 def test_layers_that_cannot_be_quantized_stay_as_they_are(
