@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from app.ml.artifacts import ModelRecord
 from app.ml.model import (
+    BACKBONES,
     TrainedPart,
     backbone,
     build_model,
@@ -58,6 +59,7 @@ from training.compute.devices import (
 )
 from training.compute.distributed import Processes, join_processes, shared_gradients
 from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
+from training.compute.fixed_norm import folded_batch_norm
 from training.compute.frozen_int8 import int8_if_faster
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
@@ -170,7 +172,7 @@ def fit(
     """Train and validate, epoch after epoch, until the last one or early stopping."""
     frozen = train_batches.frozen
     with (
-        float32_gradients(run.trained, frozen.device, frozen.dtype),
+        faster_layers(run, frozen),
         shared_gradients(run.trained, processes) as module,
     ):
         while not run.is_done:
@@ -195,6 +197,17 @@ def fit(
             is_best = finish_epoch(run, metrics)
             session.end_epoch(metrics)
             log_epoch(metrics, run, is_best)
+
+
+@contextlib.contextmanager
+def faster_layers(run: Run, frozen: FrozenPart) -> Iterator[None]:
+    """Inside, the trained part computes the same in less time, on a CPU."""
+    is_fixed = run.config.is_pretrained and run.config.model_name in BACKBONES  # its batch-norm
+    with (
+        float32_gradients(run.trained, frozen.device, frozen.dtype),
+        folded_batch_norm(run.trained, wanted=is_fixed and frozen.device.type == "cpu"),
+    ):
+        yield
 
 
 def train_epoch(

@@ -31,7 +31,6 @@ from torchvision import transforms
 import train_model
 from app.ml.model import backbone, build_model, load_pretrained, split_model
 from app.ml.preprocessing import PreprocessConfig
-from training.compute.depthwise import float32_gradients
 from training.compute.devices import reuse_freed_memory
 from training.compute.distributed import Processes
 from training.config import TrainingConfig
@@ -122,7 +121,7 @@ class OurLoop:
     def epoch(self) -> int:
         run, alone = self.run, Processes()
         reuse_freed_memory()
-        with float32_gradients(run.trained, self.frozen.device, self.frozen.dtype):
+        with train_model.faster_layers(run, self.frozen):
             train_model.train_epoch(run, run.trained, self.train_batches, self.checkpointer, alone)
         count = run.progress.count
         if self.validates:
