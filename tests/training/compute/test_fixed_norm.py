@@ -47,7 +47,7 @@ def test_losses_and_gradients_are_those_of_the_plain_layers(trained: TrainedPart
         assert len(list(foldable(trained))) == 0, "all of them are folded"
         torch.testing.assert_close(gradients(trained), expected, rtol=1e-9, atol=1e-12)
     assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
-    assert len(list(foldable(trained))) > 4
+    assert len(list(foldable(trained))) >= 4
     with folded_batch_norm(trained, wanted=False):
         assert all(map(torch.equal, gradients(trained), expected))
 
