@@ -19,6 +19,7 @@ from app.ml.forms import Runtime
 from app.ml.model import BACKBONES, ServedNetwork, inference_copy
 from app.ml.predictor import OnnxNetwork, load_model_for_inference
 from app.ml.preprocessing import PreprocessConfig, normalize
+from training.compute.padding import fix_padding
 from training.errors import VerificationError
 from training.release.quantization import quantize
 
@@ -80,6 +81,7 @@ def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
     served = ServedNetwork(model, model_name)
     network = inference_copy(served, torch.device("cpu"), torch.float32, crop)
     network = network.to(memory_format=torch.contiguous_format)
+    fix_padding(network, crop)
     example = torch.zeros(2, 3, crop, crop)
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
     with warnings.catch_warnings():
@@ -88,6 +90,8 @@ def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         # The size of the pictures is a constant of the file, and meant to be.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        # It writes a padding as arithmetic on constants, which onnxruntime does once.
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
             network,
             (example,),
