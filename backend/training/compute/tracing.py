@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from app.ml.model import inference_copy
+from training.compute.padding import fix_padding
 
 
 def trace(network: nn.Module, crop: int, *outputs: str) -> bytes:
     """Write a network, batch-norm folded: images (N, 3, crop, crop) to outputs of these names."""
     copy = inference_copy(network, torch.device("cpu"), torch.float32, crop)
     copy = copy.to(memory_format=torch.contiguous_format)
+    fix_padding(copy, crop)
     example = torch.zeros(2, 3, crop, crop)
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
     with warnings.catch_warnings():
@@ -22,6 +24,8 @@ def trace(network: nn.Module, crop: int, *outputs: str) -> bytes:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         # The size of the pictures is a constant of the file, and meant to be.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        # It writes a padding as arithmetic on constants, which onnxruntime does once.
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
         torch.onnx.export(
             copy,
             (example,),
