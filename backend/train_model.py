@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from app.ml.artifacts import ModelRecord
 from app.ml.model import (
+    BACKBONES,
     TrainedPart,
     backbone,
     build_model,
@@ -58,6 +59,8 @@ from training.compute.devices import (
 )
 from training.compute.distributed import Processes, join_processes, shared_gradients
 from training.compute.features import FeatureBatch, FeatureSource, FrozenPart, feature_sources
+from training.compute.fixed_norm import folded_batch_norm
+from training.compute.frozen_int8 import int8_if_faster
 from training.compute.memory import MicroBatch
 from training.config import TrainingConfig
 from training.data.loader import chosen_num_workers
@@ -169,7 +172,7 @@ def fit(
     """Train and validate, epoch after epoch, until the last one or early stopping."""
     frozen = train_batches.frozen
     with (
-        float32_gradients(run.trained, frozen.device, frozen.dtype),
+        faster_layers(run, frozen),
         shared_gradients(run.trained, processes) as module,
     ):
         while not run.is_done:
@@ -194,6 +197,17 @@ def fit(
             is_best = finish_epoch(run, metrics)
             session.end_epoch(metrics)
             log_epoch(metrics, run, is_best)
+
+
+@contextlib.contextmanager
+def faster_layers(run: Run, frozen: FrozenPart) -> Iterator[None]:
+    """Inside, the trained part computes the same in less time, on a CPU."""
+    is_fixed = run.config.is_pretrained and run.config.model_name in BACKBONES  # its batch-norm
+    with (
+        float32_gradients(run.trained, frozen.device, frozen.dtype),
+        folded_batch_norm(run.trained, wanted=is_fixed and frozen.device.type == "cpu"),
+    ):
+        yield
 
 
 def train_epoch(
@@ -368,6 +382,30 @@ def build_run(
     )
 
 
+def build_sources(
+    run: Run,
+    data: FoodData,
+    frozen: nn.Module,
+    device: torch.device,
+    run_dir: Path,
+    processes: Processes,
+    *,
+    is_new: bool,
+) -> tuple[FeatureSource, FeatureSource]:
+    """Build what training and validation are fed from.
+
+    is_new: the run may choose what its frozen layers compute in; a resumed one has chosen.
+    """
+    config, skipped = run.config, run.skipped
+    dtype = DTYPES[config.precision]
+    part = FrozenPart(frozen, config.preprocessing, device, dtype, run.micro_batch)
+    if is_new and run.asked["precision"] == "auto":
+        run.frozen_int8 = processes.from_main(
+            lambda: int8_if_faster(frozen, part, config, data.train, skipped)
+        )
+    return feature_sources(config, data, part, run.frozen_int8, run_dir, processes, skipped)
+
+
 def load_data(config: TrainingConfig) -> FoodData:
     """List the images, drawing the sample first if it is asked for."""
     data_dir = draw_sample(config.source_dir) if config.sample else config.source_dir
@@ -412,10 +450,8 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
         run.restore(checkpoint.state)
     run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
 
-    frozen_part = FrozenPart(
-        frozen, config.preprocessing, device, DTYPES[run.config.precision], run.micro_batch
-    )
-    sources = feature_sources(run.config, data, frozen_part, run_dir, processes, run.skipped)
+    is_new = checkpoint is None
+    sources = build_sources(run, data, frozen, device, run_dir, processes, is_new=is_new)
     with open_session(run, run_dir, data, checkpoint, device, processes, sources) as session:
         fit(run, *sources, session, processes)
         if not session.end_training():

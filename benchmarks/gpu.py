@@ -33,7 +33,6 @@ from app.ml.artifacts import list_versions, read_record, read_state
 from app.ml.model import BACKBONES, backbone, build_model
 from app.ml.predictor import load_model_for_inference
 from app.ml.preprocessing import normalize
-from training.compute.depthwise import float32_gradients
 from training.compute.devices import DTYPES
 from training.compute.distributed import Processes
 from training.compute.features import FeatureBatch
@@ -109,12 +108,13 @@ class Ours:
 
     def __init__(self, loop: OurLoop) -> None:
         self.loop, self.alone = loop, Processes()
+        loop.run.train_mode()
 
     def update(self, batch: Pictures) -> Tensor:
         run, frozen = self.loop.run, self.loop.frozen
         features = frozen(Batch(batch.pixels, batch.color, batch.order, batch.order, []))
         ready = FeatureBatch(features, batch.labels, batch.order, len(batch.labels))
-        with float32_gradients(run.trained, frozen.device, frozen.dtype):
+        with train_model.faster_layers(run, frozen):
             return train_model.train_step(run, run.trained, ready, self.alone)
 
 

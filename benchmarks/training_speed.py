@@ -31,10 +31,8 @@ from torchvision import transforms
 import train_model
 from app.ml.model import backbone, build_model, load_pretrained, split_model
 from app.ml.preprocessing import PreprocessConfig
-from training.compute.depthwise import float32_gradients
-from training.compute.devices import DTYPES, reuse_freed_memory
+from training.compute.devices import reuse_freed_memory
 from training.compute.distributed import Processes
-from training.compute.features import FrozenPart, feature_sources
 from training.config import TrainingConfig
 from training.data.splits import FoodData, Split
 from training.run.checkpointer import Checkpointer
@@ -112,16 +110,10 @@ class OurLoop:
     ) -> None:
         model, frozen, trained = train_model.load_model(config, data.class_to_idx, pretrained=True)
         self.run = train_model.build_run(config, data, model, trained, device)
-        self.frozen = FrozenPart(
-            frozen,
-            config.preprocessing,
-            device,
-            DTYPES[self.run.config.precision],
-            self.run.micro_batch,
+        self.train_batches, self.val_batches = train_model.build_sources(
+            self.run, data, frozen, device, folder, Processes(), is_new=True
         )
-        self.train_batches, self.val_batches = feature_sources(
-            self.run.config, data, self.frozen, folder, Processes(), self.run.skipped
-        )
+        self.frozen = self.train_batches.frozen
         self.checkpointer = Checkpointer(self.run, folder, Processes(), None)
         self.checkpointer.stop.close()  # Ctrl-C is Python's own here
         self.validates = validates
@@ -129,7 +121,7 @@ class OurLoop:
     def epoch(self) -> int:
         run, alone = self.run, Processes()
         reuse_freed_memory()
-        with float32_gradients(run.trained, self.frozen.device, self.frozen.dtype):
+        with train_model.faster_layers(run, self.frozen):
             train_model.train_epoch(run, run.trained, self.train_batches, self.checkpointer, alone)
         count = run.progress.count
         if not self.validates:

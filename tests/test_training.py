@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_model
 from app.ml.artifacts import read_record
 from app.ml.model import BACKBONES, build_model
-from training.compute import features
+from training.compute import features, frozen_int8
 from training.data import loader
 from training.data.loader import Batch, Images, Sample, SampleKey
 from training.run import checkpointer, checkpoints
@@ -163,6 +163,25 @@ def test_a_run_that_is_stopped_twice_is_the_uninterrupted_run(
     assert "resumed after epoch 1, batch 2" in caplog.text
     assert train(tmp_path, photos, *cut) == 0
     assert "resumed after epoch 1, batch 4" in caplog.text
+    assert outcome(tmp_path) == expected
+
+
+def test_frozen_layers_in_integers_stay_those_of_the_run(
+    tmp_path: Path, photos: Path, undisturbed: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, too, which has nothing but a copy and finds integers slower."""
+    monkeypatch.setattr(frozen_int8, "may_pay", lambda *_: True)
+    monkeypatch.setattr(frozen_int8, "compare", lambda *_: (2.0, 1.0))
+    assert train(tmp_path / "whole", photos) == 0
+    expected = outcome(tmp_path / "whole")
+    assert expected != undisturbed
+    copied = ("--checkpoint_copy_dir", str(tmp_path / "copies"))
+    with monkeypatch.context() as patch:
+        after(patch, train_model, "gradients", 6, send(signal.SIGTERM))
+        assert train(tmp_path, photos, *copied) == 143
+    shutil.rmtree(tmp_path / "runs")
+    monkeypatch.setattr(frozen_int8, "compare", lambda *_: (1.0, 2.0))
+    assert train(tmp_path, photos, *copied, "--resume", "auto") == 0
     assert outcome(tmp_path) == expected
 
 

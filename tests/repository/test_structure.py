@@ -73,7 +73,7 @@ FLOORS = {
     "training.data": BELOW,
     "training.compute": BELOW | {"training.data"},
     "training.run": BELOW | {"training.data", "training.compute"},
-    "training.release": BELOW | {"training.data"},
+    "training.release": BELOW | {"training.data", "training.compute"},
     "training.commands": BELOW
     | {"training.data", "training.compute", "training.run", "training.release"},
     "app.ml.class_names": set(),

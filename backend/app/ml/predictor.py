@@ -278,23 +278,26 @@ def has_vnni() -> bool:
     return bool(features.get("avx512_vnni") or features.get("avx_vnni"))
 
 
+def open_session(model: bytes, num_threads: int) -> Any:
+    """Open an ONNX file in onnxruntime, on the CPU."""
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # plain text on stderr, while errors are raised
+    options.intra_op_num_threads = num_threads
+    # A thread that spins while it waits takes the core that another one needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A CPU without VNNI adds pairs of 8-bit products in 16 bits, which overflow: it computes
+    # otherwise, to answer as the others; with VNNI that would take 2.5 times as long.
+    may_overflow = "0" if has_vnni() else "1"
+    options.add_session_config_entry("session.x64quantprecision", may_overflow)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 class OnnxNetwork:
     """The network in onnxruntime, on the CPU; gives logits and features."""
 
     def __init__(self, model: bytes, num_threads: int | None) -> None:
-        onnxruntime = import_onnxruntime()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # plain text on stderr, while errors are raised
-        options.intra_op_num_threads = num_threads or num_cores()
-        # A thread that spins while it waits takes the core that another one needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A CPU without VNNI adds pairs of 8-bit products in 16 bits, which overflow: it computes
-        # otherwise, to answer as the others; with VNNI that would take 2.5 times as long.
-        may_overflow = "0" if has_vnni() else "1"
-        options.add_session_config_entry("session.x64quantprecision", may_overflow)
-        self.session: Any = onnxruntime.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"]
-        )
+        self.session: Any = open_session(model, num_threads or num_cores())
         self.input_name = self.session.get_inputs()[0].name
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ computed in the order of the split and in fixed batches, so the numbers do not d
 how often, a run was cut.
 """
 
+import copy
 import errno
 import logging
 import math
@@ -15,13 +16,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from app.ml.model import inference_copy
+from app.ml.predictor import open_session
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.compute.devices import to_device
 from training.compute.distributed import Processes
@@ -54,7 +56,7 @@ class FeatureBatch(NamedTuple):
 class FrozenPart:
     """From pixels to features, without gradients, in the format the device is fastest in.
 
-    module: the frozen layers; what runs is an inference copy of them.
+    module: the frozen layers; what runs is an inference copy of them, or what `in_int8` is given.
     """
 
     def __init__(
@@ -68,6 +70,24 @@ class FrozenPart:
         self.module = inference_copy(module, device, dtype, config.crop)
         self.config, self.device, self.dtype = config, device, dtype
         self.micro_batch = micro_batch
+        self.int8: Any = None  # onnxruntime's session
+
+    def in_int8(self, file: Tensor) -> "FrozenPart":
+        """Return one that computes in integers, which it does on the CPU only.
+
+        file: the quantized layers in ONNX, uint8 (bytes,); nothing changes for an empty one.
+        """
+        if not len(file):
+            return self
+        if self.device.type != "cpu":
+            logger.warning(
+                "this run's frozen layers were in int8 and are not on %s, so rounding differs",
+                self.device,
+            )
+            return self
+        part = copy.copy(self)
+        part.int8 = open_session(file.numpy().tobytes(), torch.get_num_threads())
+        return part
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
@@ -81,14 +101,19 @@ class FrozenPart:
         return features.shape[1:], features.dtype
 
     def _features(self, batch: Batch, part: slice) -> Tensor:
+        pixels = self.pixels(batch, part)
+        if self.int8 is None:
+            return self.module(pixels.to(dtype=self.dtype, memory_format=torch.channels_last))
+        (features,) = self.int8.run(None, {"images": pixels.numpy()})
+        features = torch.from_numpy(features)
+        return features.to(dtype=self.dtype, memory_format=torch.channels_last)
+
+    def pixels(self, batch: Batch, part: slice = slice(None)) -> Tensor:
+        """Return float32 (N, 3, H, W), augmented if they are to train on, and standardized."""
         images = to_device(batch.images[part], self.device)
         if batch.color is None:
-            pixels = normalize(images, self.config)
-        else:
-            draws = to_device(batch.color[part], self.device)
-            pixels = color_jitter(images, draws, self.config)
-        pixels = pixels.to(dtype=self.dtype, memory_format=torch.channels_last)
-        return self.module(pixels)
+            return normalize(images, self.config)
+        return color_jitter(images, to_device(batch.color[part], self.device), self.config)
 
 
 class FeatureSource:
@@ -257,15 +282,27 @@ def feature_sources(
     config: TrainingConfig,
     data: FoodData,
     frozen: FrozenPart,
+    int8: Tensor,
     run_dir: Path,
     processes: Processes,
     skipped: dict[str, str],
 ) -> tuple[FeatureSource, FeatureSource]:
-    """Build what training and validation are fed from; skipped collects unreadable images."""
+    """Build what training and validation are fed from.
+
+    int8: what training images go through, see `FrozenPart.in_int8`. skipped: collects unreadable
+    images.
+    """
     return (
-        _train_source(config, data.train, frozen, run_dir, processes, skipped),
+        _train_source(config, data.train, frozen.in_int8(int8), run_dir, processes, skipped),
         _val_source(config, data.val, frozen, run_dir, processes, skipped),
     )
+
+
+def train_images(config: TrainingConfig, paths: tuple[str, ...]) -> TrainImages:
+    """Augment images as these settings say."""
+    crop = config.sizes["train_crop"]
+    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
+    return TrainImages(paths, ImageCache(cache, crop), crop, config)
 
 
 def _train_source(
@@ -288,8 +325,7 @@ def _train_source(
     order = EpochSampler(len(split), batch_size, seed=config.seed, **share)
     # Shuffling deals the images of a batch out anew, so that each process stores all of them.
     reading = EpochSampler(len(split), batch_size) if store else order
-    cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    images = TrainImages(split.paths, ImageCache(cache, crop), crop, config)
+    images = train_images(config, split.paths)
     loader = ImageLoader(
         images, reading, int(config.num_workers), frozen.device, skipped, workers_stay=not store
     )

@@ -3,24 +3,22 @@
 A form is a row of `FORMS`, named after the runtime of `app.ml.predictor` that reads it.
 """
 
-import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from app.ml.artifacts import SaveError, reason_of, state_bytes
 from app.ml.forms import Runtime
-from app.ml.model import BACKBONES, ServedNetwork, inference_copy
+from app.ml.model import BACKBONES, ServedNetwork
 from app.ml.predictor import OnnxNetwork, load_model_for_inference
 from app.ml.preprocessing import PreprocessConfig, normalize
+from training.compute.quantization import quantize
+from training.compute.tracing import trace
 from training.errors import VerificationError
-from training.release.quantization import quantize
 
 NUM_COMPARED = 31  # not a multiple of the two images that a network is traced with
 
@@ -72,33 +70,12 @@ def export_onnx(source: Source) -> bytes:
 
 def export_int8(source: Source) -> bytes:
     """Write the same in 8-bit integers, which changes the answers a little."""
-    return quantize(source.onnx, source.calibration, source.preprocessing)
+    return quantize(source.onnx, normalize(source.calibration, source.preprocessing))
 
 
 def onnx_bytes(model: nn.Module, model_name: str, crop: int) -> bytes:
     """Trace the network as it is served."""
-    served = ServedNetwork(model, model_name)
-    network = inference_copy(served, torch.device("cpu"), torch.float32, crop)
-    network = network.to(memory_format=torch.contiguous_format)
-    example = torch.zeros(2, 3, crop, crop)
-    buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
-    with warnings.catch_warnings():
-        # torch calls this exporter the legacy one. For these networks it gives the same graph as
-        # the new one in a fifth of the time (3 s instead of 15) and needs no further package.
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        # The size of the pictures is a constant of the file, and meant to be.
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        torch.onnx.export(
-            network,
-            (example,),
-            buffer,
-            dynamo=False,
-            input_names=["images"],
-            output_names=["logits", "pooled"],
-            dynamic_axes={"images": {0: "n"}, "logits": {0: "n"}, "pooled": {0: "n"}},
-            opset_version=17,
-        )
-    return buffer.getvalue()
+    return trace(ServedNetwork(model, model_name), crop, "logits", "pooled")
 
 
 @dataclass(frozen=True)

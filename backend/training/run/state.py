@@ -149,7 +149,9 @@ class Run:
     """Everything that changes while training, which is everything a checkpoint holds.
 
     config: with `auto`, `all` and `on` replaced by what they mean here. asked: the settings as they
-    were asked for, which a resumed run must repeat.
+    were asked for, which a resumed run must repeat. frozen_int8: what the frozen layers compute in
+    for training, see `FrozenPart.in_int8`; it is in the checkpoints, as how it was rounded depends
+    on the machine that the run began on.
     """
 
     config: TrainingConfig
@@ -169,6 +171,7 @@ class Run:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)  # path -> why it could not be read
     weights_sha256: str = ""  # of the file that it began with, if it was one
+    frozen_int8: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
 
     @property
     def is_done(self) -> bool:
@@ -228,6 +231,7 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "micro_batch_size": self.micro_batch.size,
+            "frozen_int8": self.frozen_int8,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -259,6 +263,7 @@ class Run:
         if state["scaler"]:  # empty from a device that needs none
             self.scaler.load_state_dict(state["scaler"])
         self.micro_batch.size = state["micro_batch_size"]
+        self.frozen_int8 = state.get("frozen_int8", self.frozen_int8)  # not in earlier versions
         self.skipped.update(state["skipped"])
 
 

@@ -244,7 +244,8 @@ def sources_of(
     config = TrainingConfig(batch_size=4, cache_images="off", **settings)
     split = Split(photos[:3], LABELS[:3])
     data = FoodData({"a": 0, "b": 1, "c": 2}, split, split, split, [], {})
-    return feature_sources(config, data, frozen, folder, Processes(), {})
+    nothing = torch.empty(0, dtype=torch.uint8)
+    return feature_sources(config, data, frozen, nothing, folder, Processes(), {})
 
 
 @pytest.mark.slow

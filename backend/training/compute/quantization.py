@@ -15,7 +15,6 @@ import numpy as np
 from torch import Tensor
 
 from app.ml.predictor import import_onnxruntime
-from app.ml.preprocessing import PreprocessConfig, normalize
 
 CALIBRATION_BATCH = 2  # all activations of as many images are in memory: 0.1 GB for each
 # From the last pooling to the logits all stays in float: it takes a hundredth of the time, and an
@@ -24,10 +23,10 @@ HEAD_OPERATORS = {"GlobalAveragePool", "ReduceMean", "Flatten", "Gemm"}
 FEW_CHANNELS = 3  # in each group of a convolution
 
 
-def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
-    """Quantize an ONNX network; what its two outputs are called and mean stays.
+def quantize(model: bytes, pixels: Tensor) -> bytes:
+    """Quantize an ONNX network; what its input and its outputs are called and mean stays.
 
-    images: calibrate on these, uint8 (N, 3, crop, crop).
+    pixels: calibrate on these, standardized (N, 3, crop, crop).
 
     Raises:
         Exception: onnxruntime's quantizer may raise anything on a network that it cannot do.
@@ -43,7 +42,7 @@ def quantize(model: bytes, images: Tensor, config: PreprocessConfig) -> bytes:
         quantize_static(
             str(folded),
             str(quantized),
-            CalibrationBatches(images, config),
+            CalibrationBatches(pixels),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -104,14 +103,9 @@ def head_nodes(graph: Any) -> list[str]:
 class CalibrationBatches:
     """Gives the quantizer a few images at a time, as its CalibrationDataReader does."""
 
-    def __init__(self, images: Tensor, config: PreprocessConfig) -> None:
-        self.batches = self._normalized(images, config)
-
-    def _normalized(
-        self, images: Tensor, config: PreprocessConfig
-    ) -> Iterator[dict[str, np.ndarray]]:
-        for part in images.split(CALIBRATION_BATCH):
-            yield {"images": np.ascontiguousarray(normalize(part, config))}
+    def __init__(self, pixels: Tensor) -> None:
+        self.batches = iter(pixels.split(CALIBRATION_BATCH))
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
+        pixels = next(self.batches, None)
+        return None if pixels is None else {"images": np.ascontiguousarray(pixels)}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from app.ml.model import backbone, build_model
 from app.ml.predictor import OnnxNetwork, has_vnni
 from app.ml.preprocessing import PreprocessConfig, normalize
-from training.release import quantization
+from training.compute import quantization
+from training.compute.quantization import CalibrationBatches, quantize
 from training.release.export import onnx_bytes
-from training.release.quantization import CalibrationBatches, quantize
 
 
 def network(model_name: str) -> tuple[bytes, PreprocessConfig]:
@@ -37,16 +37,20 @@ def photos(number: int, config: PreprocessConfig) -> Tensor:
     return (255 * pixels).to(torch.uint8)
 
 
+def pixels(number: int, config: PreprocessConfig) -> Tensor:
+    return normalize(photos(number, config), config)
+
+
 @pytest.fixture(scope="module")
 def small() -> tuple[bytes, bytes, PreprocessConfig]:
     with standin.registered():
         plain, config = network(standin.NAME)
-    return plain, quantize(plain, photos(20, config), config), config
+    return plain, quantize(plain, pixels(20, config)), config
 
 
 def relative_error(plain: bytes, quantized: bytes, config: PreprocessConfig) -> float:
     """Of the features, on photos that were not calibrated with."""
-    images = normalize(photos(8, config), config)
+    images = pixels(8, config)
     wanted, found = (OnnxNetwork(data, 1)(images)[1] for data in (plain, quantized))
     return float((found - wanted).norm() / wanted.norm())
 
@@ -85,12 +89,13 @@ def test_convolutions_are_in_integers_and_the_stem_and_the_head_in_float(
 
 def test_what_is_in_memory_at_once_is_bounded_and_every_image_is_seen_once() -> None:
     config = PreprocessConfig(36, 32, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    images, batches = photos(7, config), CalibrationBatches(photos(7, config), config)
+    images = pixels(7, config)
+    batches = CalibrationBatches(images)
     seen = []
     while batch := batches.get_next():
         assert batch.keys() == {"images"} and len(batch["images"]) <= quantization.CALIBRATION_BATCH
         seen.append(batch["images"])
-    np.testing.assert_array_equal(np.concatenate(seen), normalize(images, config).numpy())
+    np.testing.assert_array_equal(np.concatenate(seen), images.numpy())
 
 
 def test_nothing_is_left_behind_when_memory_runs_out(
@@ -105,7 +110,7 @@ def test_nothing_is_left_behind_when_memory_runs_out(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(CalibrationBatches, "get_next", fail)
     with pytest.raises(MemoryError):
-        quantize(small[0], photos(2, small[2]), small[2])
+        quantize(small[0], pixels(2, small[2]))
     assert not list(tmp_path.iterdir())
 
 
@@ -113,7 +118,7 @@ def test_nothing_is_left_behind_when_memory_runs_out(
 def test_a_cpu_whose_sums_would_overflow_computes_otherwise_and_answers_the_same(
     name: str, small: tuple[bytes, bytes, PreprocessConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images, answers, may_overflow = normalize(photos(8, small[2]), small[2]), [], not has_vnni()
+    images, answers, may_overflow = pixels(8, small[2]), [], not has_vnni()
     for features in ({name: True}, {}):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         network = OnnxNetwork(small[1], 1)
@@ -129,7 +134,7 @@ def test_a_cpu_whose_sums_would_overflow_computes_otherwise_and_answers_the_same
 @pytest.mark.slow
 def test_a_real_backbone_takes_a_third_of_the_bytes() -> None:
     plain, config = network("mobilenet_v2")
-    quantized = quantize(plain, photos(6, config), config)
+    quantized = quantize(plain, pixels(6, config))
     assert len(quantized) < 0.35 * len(plain)
     assert 0 < relative_error(plain, quantized, config) < 0.2
     graph = onnx.load_from_string(quantized).graph
@@ -143,7 +148,7 @@ def test_the_quantizer_keeps_its_remarks_on_tensors_to_itself(
     """Of a transformer it has hundreds, of which nobody can use one."""
     caplog.set_level(logging.INFO)
     plain, config = network("timm/test_vit")
-    assert quantize(plain, photos(2, config), config)
+    assert quantize(plain, pixels(2, config))
     assert not caplog.messages
     logging.info("shown again")
     assert caplog.messages == ["shown again"]
