@@ -130,7 +130,10 @@ def executed(folder: Path) -> dict[str, str]:
     resources = {"metadata": {"path": str(folder)}}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", str(folder / "modules"))
-        nbclient.NotebookClient(notebook, timeout=None, resources=resources).execute()
+        client = nbclient.NotebookClient(
+            notebook, timeout=None, resources=resources, coalesce_streams=True
+        )
+        client.execute()
     nbformat.write(notebook, folder / "executed.ipynb")
     last = len(code_cells(notebook)) - 1
     return {

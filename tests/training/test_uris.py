@@ -105,9 +105,8 @@ def test_no_password_is_seen_in_a_command(password: str, quoted: bool) -> None:
     uri = f"postgresql://me:{password}@host.example.org:5432/food"
     words = ["python", "train_model.py", "--tracking_uri", uri, "--epochs", "3"]
     shown = without_password(shlex.join(words) if quoted else " ".join(words))
-    assert password not in shown
-    assert shown.startswith("python train_model.py --tracking_uri ")
-    assert "host.example.org:5432/food" in shown and shown.endswith("--epochs 3")
+    words[3] = "postgresql://me:***@host.example.org:5432/food"
+    assert shown.replace("'", "") == " ".join(words)  # quotes may stay around the address
 
 
 def test_this_processes_own_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
