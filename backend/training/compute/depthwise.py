@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.compute.forwards import replaced_forwards
+
 
 @contextlib.contextmanager
 def float32_gradients(
@@ -21,23 +23,18 @@ def float32_gradients(
     """Inside, the depthwise convolutions that would be slow compute their gradients in float32."""
     wanted = device.type == "cpu" and dtype == torch.bfloat16
     slow = [c for c in module.modules() if wanted and isinstance(c, nn.Conv2d) and _is_slow(c)]
-    for conv in slow:
-        setattr(conv, "forward", functools.partial(_forward, conv))  # noqa: B010
-    try:
+    with replaced_forwards([(conv, functools.partial(_forward, conv)) for conv in slow]):
         yield
-    finally:
-        for conv in slow:
-            del conv.forward  # the class's own shows again
 
 
 def _is_slow(conv: nn.Conv2d) -> bool:
     depthwise = conv.groups == conv.in_channels == conv.out_channels > 1
     slow = conv.stride[0] > 1 or conv.kernel_size[0] > 3
     plain = conv.dilation == (1, 1) and not isinstance(conv.padding, str)
-    return depthwise and slow and plain and (type(conv) is nn.Conv2d or _pads_by_itself(conv))
+    return depthwise and slow and plain and (type(conv) is nn.Conv2d or pads_by_itself(conv))
 
 
-def _pads_by_itself(conv: nn.Conv2d) -> bool:
+def pads_by_itself(conv: nn.Conv2d) -> bool:
     """Whether it is timm's Conv2dSame, which pads as TensorFlow does."""
     from timm.layers import Conv2dSame
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.compute.forwards import replaced_forwards
+
 
 @contextlib.contextmanager
 def folded_batch_norm(module: nn.Module, *, wanted: bool) -> Iterator[None]:
@@ -32,13 +34,8 @@ def folded_batch_norm(module: nn.Module, *, wanted: bool) -> Iterator[None]:
         for child in module.modules():
             if isinstance(child, nn.ReLU6) and child.inplace:
                 forwards.append((child, ReLU6.apply))
-    for child, forward in forwards:
-        setattr(child, "forward", forward)  # noqa: B010
-    try:
+    with replaced_forwards(forwards):
         yield
-    finally:
-        for child, _ in forwards:
-            del child.forward  # the class's own shows again
 
 
 def foldable(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:

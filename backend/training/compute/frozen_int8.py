@@ -16,13 +16,12 @@ from app.ml.artifacts import reason_of
 from app.ml.model import BACKBONES
 from app.ml.predictor import has_vnni
 from training.compute.features import FrozenPart, train_images
-from training.compute.quantization import quantize
+from training.compute.quantization import CALIBRATION_IMAGES, quantize
 from training.compute.tracing import trace
 from training.config import TrainingConfig
 from training.data.loader import Batch, EpochSampler, ImageLoader
 from training.data.splits import Split
 
-CALIBRATION_IMAGES = 50
 MIN_BATCHES = 200  # fewer do not win back the seconds that quantizing takes
 WORTHWHILE = 0.8  # of the plain layers' time; a smaller gain may be chance
 MAX_ERROR = 0.15  # of the features, relative; MobileNetV2 has 0.06, and 0.07 in bf16

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.compute.depthwise import pads_by_itself
+
 
 @torch.no_grad()
 def fix_padding(network: nn.Module, crop: int) -> None:
@@ -15,14 +17,11 @@ def fix_padding(network: nn.Module, crop: int) -> None:
     In an ONNX file they would compute it with each answer, which takes time; and in INT8 that is
     rounded as well, which moves EfficientNet-Lite0's features by half of their length.
     """
-    special = [
-        m for m in network.modules() if isinstance(m, nn.Conv2d) and type(m) is not nn.Conv2d
-    ]
+    convs = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    special = [conv for conv in convs if type(conv) is not nn.Conv2d and pads_by_itself(conv)]
     if not special:
         return
-    from timm.layers import Conv2dSame
-
-    hooks = [m.register_forward_pre_hook(_fix) for m in special if isinstance(m, Conv2dSame)]
+    hooks = [conv.register_forward_pre_hook(_fix) for conv in special]
     network(torch.zeros(1, 3, crop, crop))
     for hook in hooks:
         hook.remove()

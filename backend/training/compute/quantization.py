@@ -16,6 +16,7 @@ from torch import Tensor
 
 from app.ml.predictor import import_onnxruntime
 
+CALIBRATION_IMAGES = 50  # show the ranges of the activations; 200 teach nothing more
 CALIBRATION_BATCH = 2  # all activations of as many images are in memory: 0.1 GB for each
 # From the last pooling to the logits all stays in float: it takes a hundredth of the time, and an
 # answer should not be rounded to 256 steps.

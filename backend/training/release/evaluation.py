@@ -20,6 +20,7 @@ from app.ml.drift import AnswerSummary, sum_up
 from app.ml.forms import Runtime
 from app.ml.predictor import OnnxNetwork, TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
+from training.compute.quantization import CALIBRATION_IMAGES
 from training.config import TrainingConfig
 from training.data.loader import eval_loader
 from training.data.splits import FoodData, Split
@@ -41,8 +42,6 @@ from training.release.metrics import (
 
 EVAL_BATCH_SIZE = 16  # no slower than 64 on a CPU, where it takes a quarter of the memory
 CENTROID_IMAGES = 30  # of each class, to find its center; 20 to 100 tell food apart equally well
-# From which a form in integers learns the ranges of its activations; 200 teach it nothing more.
-CALIBRATION_IMAGES = 50
 WORST_LOSS = 0.01  # of validation accuracy, that a form with answers of its own may cost
 PLAIN: Runtime = "torch"  # whose answers every form gives that has none of its own
 
