@@ -154,9 +154,11 @@ def warmed_up_rate(run: Run) -> Iterator[None]:
     rates = [group["lr"] for group in run.optimizer.param_groups]
     for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate * progress
-    yield
-    for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    try:
+        yield
+    finally:
+        for group, rate in zip(run.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 # The epochs -----------------------------------------------------------------------------------
@@ -473,6 +475,7 @@ def training_result(run: Run, command: str) -> TrainingResult:
         stopped_early=run.early_stopping.should_stop,
         skipped=run.skipped,
         num_workers=int(run.config.num_workers),
+        frozen_int8=len(run.frozen_int8) > 0,
     )
 
 

@@ -14,9 +14,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "backend"))
 
 import train_model
-from app.ml.artifacts import ModelRecord
+from app.ml.artifacts import ModelRecord, read_record
 from training.commands.cli import run_command_line
 from training.config import TrainingConfig
+from training.run.resume import finished_version
 
 
 def parse_fields(pairs: Iterable[str]) -> dict[str, Any]:
@@ -35,8 +36,12 @@ def parse_fields(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def train(config: TrainingConfig, command: str) -> ModelRecord | None:
-    fields = parse_fields(shlex.split(sys.argv[1]))
-    return train_model.train(dataclasses.replace(config, **fields), command)
+    changed = dataclasses.replace(config, **parse_fields(shlex.split(sys.argv[1])))
+    # With --runs, the one who asks for a run does not know these fields, by which it is found.
+    version = finished_version(changed) if config.resume else None
+    if version is None:
+        return train_model.train(changed, command)
+    return read_record(changed.output_dir, version)
 
 
 if __name__ == "__main__":

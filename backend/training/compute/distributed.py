@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.compute.forwards import replaced_forwards
 from training.errors import TrainingError
 
 Value = TypeVar("Value")
@@ -190,18 +191,17 @@ def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Mod
     if processes.world_size == 1:
         yield module
         return
-    norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
-    for norm in norms:
-        setattr(norm, "forward", functools.partial(synced_batch_norm, norm))  # noqa: B010
-    try:
+    synced = [
+        (child, functools.partial(synced_batch_norm, child))
+        for child in module.modules()
+        if isinstance(child, nn.BatchNorm2d) and "forward" not in vars(child)  # else it is folded
+    ]
+    with replaced_forwards(synced):
         with warnings.catch_warnings():
             # Its successor, forward_sync_buffers, came after the oldest torch we run on.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
             shared = DistributedDataParallel(module, broadcast_buffers=False)
         yield shared
-    finally:
-        for norm in norms:
-            del norm.forward  # restore the class's
 
 
 def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:

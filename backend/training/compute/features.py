@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from app.ml.model import inference_copy
-from app.ml.predictor import open_session
+from app.ml.predictor import open_session, run_session
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.compute.devices import to_device
 from training.compute.distributed import Processes
@@ -104,8 +104,7 @@ class FrozenPart:
         pixels = self.pixels(batch, part)
         if self.int8 is None:
             return self.module(pixels.to(dtype=self.dtype, memory_format=torch.channels_last))
-        (features,) = self.int8.run(None, {"images": pixels.numpy()})
-        features = torch.from_numpy(features)
+        (features,) = run_session(self.int8, pixels)
         return features.to(dtype=self.dtype, memory_format=torch.channels_last)
 
     def pixels(self, batch: Batch, part: slice = slice(None)) -> Tensor:

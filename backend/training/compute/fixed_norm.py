@@ -50,13 +50,14 @@ def foldable(module: nn.Module) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
 def _convolve(conv: nn.Conv2d, norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     assert norm.running_mean is not None and norm.running_var is not None
     factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    offset = norm.bias - norm.running_mean * factor
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    offset = norm.bias - mean * factor
     weight = conv.weight * factor.view(-1, 1, 1, 1)
     return F.conv2d(images, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class ReLU6(torch.autograd.Function):
-    """In place; where the result lies tells the gradient, so that no copy of the input is kept."""
+    """In place: its gradient follows from the result, so no copy of the input is kept."""
 
     @staticmethod
     def forward(ctx, values):  # type: ignore[no-untyped-def]

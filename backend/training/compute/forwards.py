@@ -11,11 +11,11 @@ from torch import nn
 def replaced_forwards(
     forwards: Sequence[tuple[nn.Module, Callable[..., Any]]],
 ) -> Iterator[None]:
-    """Inside, each module computes with its function, then with its class's own again."""
+    """Inside, each module computes with its function; afterwards, as its class does."""
     for module, forward in forwards:
         setattr(module, "forward", forward)  # noqa: B010
     try:
         yield
     finally:
         for module, _ in forwards:
-            del module.forward  # the class's own shows again
+            del module.forward  # restore the class's

@@ -44,7 +44,7 @@ class MicroBatch:
         while True:
             try:
                 return compute()
-            except RuntimeError as error:
+            except (MemoryError, RuntimeError) as error:
                 self.halve(error)
 
     def map(self, compute: Callable[[slice], Tensor], num_images: int) -> Tensor:
@@ -56,7 +56,7 @@ class MicroBatch:
 
         return self.attempt(whole)
 
-    def halve(self, error: RuntimeError) -> None:
+    def halve(self, error: MemoryError | RuntimeError) -> None:
         """Make the parts smaller after an error that says that memory ran out; raise any other.
 
         Raises:
@@ -73,7 +73,7 @@ class MicroBatch:
             ) from error
         self.size = -(-self.size // 2)
         logger.warning(
-            "memory ran out: now processing %d images at a time; a step still uses a whole batch",
+            "memory ran out: now at most %d images at a time; a step still uses a whole batch",
             self.size,
         )
         if torch.cuda.is_available():

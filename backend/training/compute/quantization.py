@@ -16,10 +16,10 @@ from torch import Tensor
 
 from app.ml.predictor import import_onnxruntime
 
-CALIBRATION_IMAGES = 50  # show the ranges of the activations; 200 teach nothing more
+CALIBRATION_IMAGES = 50  # show the ranges of the activations; 200 are no better
 CALIBRATION_BATCH = 2  # all activations of as many images are in memory: 0.1 GB for each
-# From the last pooling to the logits all stays in float: it takes a hundredth of the time, and an
-# answer should not be rounded to 256 steps.
+# From the last pooling on, all stays in float: it takes a hundredth of the time, and neither an
+# answer nor what a head is trained on should be rounded to 256 steps.
 HEAD_OPERATORS = {"GlobalAveragePool", "ReduceMean", "Flatten", "Gemm"}
 FEW_CHANNELS = 3  # in each group of a convolution
 
@@ -55,7 +55,7 @@ def quantize(model: bytes, pixels: Tensor) -> bytes:
 
 @contextlib.contextmanager
 def quiet_root_logger() -> Iterator[None]:
-    """Inside, nothing that is logged by the root logger itself is shown, as our lines are not.
+    """Inside, drop what is logged by the root logger itself; our own lines use other loggers.
 
     The quantizer logs hundreds of lines there about single tensors of a transformer.
     """
@@ -92,8 +92,8 @@ def stem_nodes(graph: Any) -> list[str]:
 
 
 def head_nodes(graph: Any) -> list[str]:
-    """Name the nodes from the last pooling to the logits."""
-    found, wanted = [], {"logits"}
+    """Name the nodes from the last pooling to the outputs."""
+    found, wanted = [], {output.name for output in graph.output}
     for node in reversed(graph.node):
         if node.op_type in HEAD_OPERATORS and wanted & set(node.output):
             found.append(node.name)

@@ -14,6 +14,7 @@ from app.ml.artifacts import Decision
 from app.ml.drift import Verdict
 
 CONFIDENT_PRECISION = 0.95  # share of "confident" answers that should be right
+NEVER = 2.0  # the threshold that no confidence reaches: rounded to float32 some are 1
 KNOWN_SHARE = 0.99  # share of real dishes that must not be called "not food"
 NUM_BINS = 15  # as in Guo et al. 2017
 INVERSE_TEMPERATURES = (0.1, 10.0)
@@ -158,7 +159,7 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def confidence_threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
-    """Find the lowest confidence above which enough answers are correct; 1 if there is none.
+    """Find the lowest confidence above which enough answers are correct; `NEVER` if there is none.
 
     As many must be expected to be, by the confidences themselves: hits alone are few, and a share
     that was reached by luck would not be reached again.
@@ -169,7 +170,7 @@ def confidence_threshold(confidences: np.ndarray, correct: np.ndarray) -> float:
     precision = expected / np.arange(1, len(order) + 1)
     ends_tie = np.append(confidences[1:] < confidences[:-1], True)  # equals pass or fail together
     enough = np.flatnonzero((precision >= CONFIDENT_PRECISION) & ends_tie)
-    return float(confidences[enough[-1]]) if len(enough) else 1.0
+    return float(confidences[enough[-1]]) if len(enough) else NEVER
 
 
 def class_centroids(pooled: Tensor, labels: np.ndarray, num_classes: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What a trained model answers on each split, in each form whose answers are its own.
 
-On validation photos it is fitted how logits become an answer, and judged which forms are good
-enough; the test photos are looked at once, and only reported.
+The validation photos fit how logits become an answer and decide which forms are released; the test
+photos are looked at once, and only reported.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from app.ml.drift import AnswerSummary, sum_up
 from app.ml.forms import Runtime
 from app.ml.predictor import OnnxNetwork, TorchNetwork, nearest_centroid
 from app.ml.preprocessing import PreprocessConfig, normalize
+from training.compute.memory import is_out_of_memory
 from training.compute.quantization import CALIBRATION_IMAGES
 from training.config import TrainingConfig
 from training.data.loader import eval_loader
@@ -77,10 +78,10 @@ class FormComparison(PairedTest):
     """The validation images answered by the plain network and by another form of it."""
 
     def __str__(self) -> str:
-        points = 100 * self.change
+        points, answers = 100 * self.change, "answer" if self.gained == 1 else "answers"
         return (
             f"{points:+.1f} points against the plain network on {self.total} validation images "
-            f"({self.gained} answers gained, {self.lost} lost, p = {self.p_value:.2g})"
+            f"({self.gained} {answers} gained, {self.lost} lost, p = {self.p_value:.2g})"
         )
 
     @property
@@ -197,10 +198,7 @@ def _memory_shortage_explained() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # torch says only in words that the CPU's memory is short
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-            "DefaultCPUAllocator" not in str(error)
-        ):
+        if not is_out_of_memory(error):
             raise
         raise SaveError("not enough memory to test the model; free some, or add swap") from error
 

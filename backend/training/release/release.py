@@ -82,8 +82,9 @@ class Averaged(NamedTuple):
 class TrainingResult:
     """What the release needs to know of the run that trained the model.
 
-    history: one record per epoch. skipped: path -> why it could not be read. averaged: of a mean of
-    versions, which has no epochs of its own.
+    history: one record per epoch. skipped: path -> why it could not be read. frozen_int8: training
+    images went through the frozen layers in INT8. averaged: of a mean of versions, which has no
+    epochs of its own.
     """
 
     run_name: str
@@ -94,6 +95,7 @@ class TrainingResult:
     stopped_early: bool
     skipped: dict[str, str]
     num_workers: int
+    frozen_int8: bool = False
     averaged: Averaged | None = None
 
 
@@ -182,6 +184,7 @@ def make_record(
         training={
             "run": result.run_name,
             "epochs_done": len(result.history),
+            "frozen_int8": result.frozen_int8,
             **({"parents": list(result.averaged.parents)} if result.averaged else {}),
             **result.config.to_dict(),
         },

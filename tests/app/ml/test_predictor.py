@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -31,6 +32,7 @@ from app.ml.predictor import (
     forms_of,
     load_model_for_inference,
     predict_image,
+    run_session,
     seconds_per_image,
 )
 from app.ml.preprocessing import ImageError, normalize
@@ -48,6 +50,23 @@ def answering(
     )
     network: Any = lambda images: (logits[: len(images)], seen[: len(images)])  # noqa: E731
     return FoodPredictor(record, network, centroids=torch.eye(2))
+
+
+@pytest.mark.parametrize("words", ["Failed to allocate memory", "bad allocation", "std::bad_alloc"])
+def test_onnxruntime_is_short_of_memory_in_pythons_own_words(words: str) -> None:
+    class Session:
+        def get_inputs(self) -> list[Any]:
+            return [SimpleNamespace(name="images")]
+
+        def run(self, *_: object) -> list[Any]:
+            raise Exception(f"[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : {words}")
+
+    with pytest.raises(MemoryError, match=words):
+        run_session(Session(), torch.zeros(1, 3, 4, 4))
+    words = "Invalid input"
+    with pytest.raises(Exception, match=words) as raised:
+        run_session(Session(), torch.zeros(1, 3, 4, 4))
+    assert raised.type is Exception
 
 
 def photo(seed: int = 0, size: int = 260) -> Image.Image:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.support import standin
 from torch import Tensor, nn
 
 from app.ml.model import TrainedPart, build_model, split_model
@@ -14,11 +15,17 @@ from training.compute.fixed_norm import ReLU6, foldable, folded_batch_norm
 FROZEN = 16  # layers: a block or two is trained
 
 
-@pytest.fixture(params=["mobilenet_v2", "efficientnet_lite0", "efficientnet_b0"])
+@pytest.fixture(params=["mobilenet_v2", "efficientnet_lite0", "efficientnet_b0", standin.NAME])
 def trained(request: pytest.FixtureRequest) -> TrainedPart:
-    """As training has it, in double precision; batch-norm's numbers are those of no fresh one."""
+    """As training has it, in double precision; batch-norm's numbers are those of no fresh one.
+
+    The stand-in's convolutions have a bias.
+    """
     torch.manual_seed(0)
-    part = split_model(build_model(request.param, 3), request.param, FROZEN)[1].double().train()
+    frozen = 0 if request.param == standin.NAME else FROZEN
+    with standin.registered():
+        part = split_model(build_model(request.param, 3), request.param, frozen)[1]
+    part = part.double().train()
     for norm in norms(part):
         norm.eval()
         for values in (norm.weight.data, norm.running_var):

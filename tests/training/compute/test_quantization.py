@@ -12,11 +12,12 @@ import torch
 from tests.support import standin
 from torch import Tensor, nn
 
-from app.ml.model import backbone, build_model
+from app.ml.model import backbone, build_model, split_model
 from app.ml.predictor import OnnxNetwork, has_vnni
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.compute import quantization
 from training.compute.quantization import CalibrationBatches, quantize
+from training.compute.tracing import trace
 from training.release.export import onnx_bytes
 
 
@@ -85,6 +86,19 @@ def test_convolutions_are_in_integers_and_the_stem_and_the_head_in_float(
     (pool,) = (node for node in graph.node if node.op_type == "GlobalAveragePool")
     assert {made_by[name] for name in ("logits", "pooled")}.isdisjoint({"DequantizeLinear"})
     assert made_by[pool.input[0]] == "DequantizeLinear"
+
+
+def test_what_a_head_is_trained_on_stays_in_float_if_the_pool_is_frozen(
+    small: tuple[bytes, bytes, PreprocessConfig],
+) -> None:
+    config = small[2]
+    with standin.registered():
+        layers = split_model(build_model(standin.NAME, 3), standin.NAME, len(standin.WIDTHS))[0]
+    pooled = nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    data = quantize(trace(pooled, config.crop, "features"), pixels(4, config))
+    graph = onnx.load_from_string(data).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    assert "DequantizeLinear" in made_by.values() and made_by["features"] == "Flatten"
 
 
 def test_what_is_in_memory_at_once_is_bounded_and_every_image_is_seen_once() -> None:

@@ -10,6 +10,7 @@ from app.ml.artifacts import Decision
 from training.release.calibration import (
     CONFIDENT_PRECISION,
     KNOWN_SHARE,
+    NEVER,
     confidence_threshold,
     fit_decision,
     fit_temperature,
@@ -41,11 +42,11 @@ def test_the_threshold_is_the_lowest_from_which_on_enough_are_right_and_meant_to
         if correct[confidences >= c].mean() >= CONFIDENT_PRECISION
         and confidences[confidences >= c].mean() >= CONFIDENT_PRECISION
     ]
-    assert confidence_threshold(confidences, correct) == (min(good) if good else 1.0)
+    assert confidence_threshold(confidences, correct) == (min(good) if good else NEVER)
 
 
 def test_if_no_answer_is_right_none_is_confident() -> None:
-    assert confidence_threshold(np.array([0.9, 0.8]), np.array([False, False])) == 1.0
+    assert confidence_threshold(np.array([0.9, 0.8]), np.array([False, False])) == NEVER
 
 
 def scored(num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -62,7 +63,7 @@ def test_the_decision_holds_what_it_promises(num_images: int, seed: int) -> None
     logits, labels = scored(num_images, seed)
     similarities = np.random.default_rng(seed).uniform(-1, 1, num_images)
     decision = fit_decision(logits, labels, similarities)
-    assert decision.temperature > 0 and 0 < decision.confident_at <= 1
+    assert decision.temperature > 0 and 0 < decision.confident_at <= NEVER
     share = (similarities >= decision.food_at).mean()
     assert share >= KNOWN_SHARE - 1 / num_images
     assert share < 1 or num_images < 2
@@ -88,7 +89,7 @@ def test_the_numbers_are_plain_floats() -> None:
 
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_few_images_are_enough_for_an_answer(num_images: int) -> None:
-    assert fit_decision(*scored(num_images, 0), np.zeros(num_images)).confident_at <= 1
+    assert fit_decision(*scored(num_images, 0), np.zeros(num_images)).confident_at <= NEVER
 
 
 def test_shares_and_accuracies_of_the_verdicts() -> None:

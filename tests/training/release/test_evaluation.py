@@ -43,7 +43,7 @@ def test_a_form_may_lose_a_point_and_what_chance_explains(
 def test_a_comparison_says_by_how_much() -> None:
     assert str(FormComparison(gained=1, lost=4, total=200)) == (
         "-1.5 points against the plain network on 200 validation images "
-        "(1 answers gained, 4 lost, p = 0.38)"
+        "(1 answer gained, 4 lost, p = 0.38)"
     )
 
 

@@ -4,6 +4,7 @@ the weights; and what a checkpoint must bring back."""
 import copy
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,15 @@ def test_the_micro_batch_halves_when_memory_runs_out_and_for_no_other_reason() -
     gpu = torch.OutOfMemoryError("CUDA out of memory")
     cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
     micro_batch = MicroBatch(5)
-    for error, size in [(gpu, 3), (cpu, 2), (gpu, 1)]:
-        micro_batch.halve(error)
-        assert micro_batch.size == size
+    for error, size in [(gpu, 3), (cpu, 2), (MemoryError(), 1)]:
+        failing = iter([error])
+
+        def compute(failing: Iterator[Exception] = failing) -> int:
+            for error in failing:
+                raise error
+            return micro_batch.size
+
+        assert micro_batch.attempt(compute) == size
     with pytest.raises(TrainingError, match="not enough memory for a single image"):
         micro_batch.halve(cpu)
     with pytest.raises(RuntimeError, match="another"):
