@@ -175,6 +175,7 @@ def test_frozen_layers_in_integers_stay_those_of_the_run(
     assert train(tmp_path / "whole", photos) == 0
     expected = outcome(tmp_path / "whole")
     assert expected != undisturbed
+    assert read_record(tmp_path / "whole" / "models").training["frozen_int8"] is True
     copied = ("--checkpoint_copy_dir", str(tmp_path / "copies"))
     with monkeypatch.context() as patch:
         after(patch, train_model, "gradients", 6, send(signal.SIGTERM))

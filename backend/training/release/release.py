@@ -65,7 +65,7 @@ LIBRARIES = (
     "scipy",
     "onnxruntime",
 )
-VERIFY_IMAGES = 32
+VERIFY_IMAGES = 16
 
 logger = logging.getLogger(__name__)
 
