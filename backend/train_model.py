@@ -47,7 +47,7 @@ from app.ml.model import (
     split_model,
 )
 from training.commands.cli import run_command_line
-from training.commands.console import ProgressBar, log_data, log_epoch, log_settings
+from training.commands.console import ProgressBar, log_crops, log_data, log_epoch, log_settings
 from training.compute.depthwise import float32_gradients
 from training.compute.devices import (
     DTYPES,
@@ -69,7 +69,7 @@ from training.data.splits import FoodData, load_food_data
 from training.errors import ConfigError, TrainingError
 from training.release.release import TrainingResult, release_model
 from training.run.checkpointer import Checkpointer
-from training.run.resume import find_checkpoint, sizes_then
+from training.run.resume import find_checkpoint, recipe_then
 from training.run.session import Session, check_folders, open_session
 from training.run.start import copy_start, load_start, start_file
 from training.run.state import EarlyStopping, Run, WeightAverage, file_sha256, plain_copy
@@ -338,6 +338,7 @@ def resolve(config: TrainingConfig, device: torch.device, num_images: int) -> Tr
         config.with_sizes(config.sizes),
         precision=choose_precision(config.precision, device),
         num_workers=chosen_num_workers(config.num_workers, device),
+        small_epochs=config.num_small_epochs,
         ema_decay=decay,
         # A small rate protects what pretraining gave; without pretraining it only slows learning.
         backbone_lr_scale=config.backbone_lr_scale if config.is_pretrained else 1.0,
@@ -442,7 +443,7 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     data = processes.from_main(lambda: load_data(config))
     checkpoint, data = processes.from_main(lambda: find_checkpoint(config, data))
     if checkpoint:
-        config = config.with_sizes(sizes_then(checkpoint.state))
+        config = dataclasses.replace(config, **recipe_then(checkpoint.state))
 
     model, frozen, trained = load_model(config, data.class_to_idx, pretrained=checkpoint is None)
     run = build_run(config, data, model, trained, device)
@@ -450,6 +451,7 @@ def train(config: TrainingConfig, command: str) -> ModelRecord | None:
     run.micro_batch.is_fixed = processes.world_size > 1
     if checkpoint:
         run.restore(checkpoint.state)
+    log_crops(run.config)
     run_dir = checkpoint.path.parent if checkpoint else config.checkpoint_dir / run.name
 
     is_new = checkpoint is None

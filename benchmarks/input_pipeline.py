@@ -36,7 +36,7 @@ def main() -> None:
         paths = train_model.load_data(config).train.paths[: options.images]
         preprocessing, crop = config.preprocessing, config.sizes["train_crop"]
         cache = ImageCache(Path(folder))
-        images = TrainImages(paths, cache, crop, config)
+        images = TrainImages(paths, cache, config)
         transform = augmentation(preprocessing, crop)
 
         def plain() -> int:

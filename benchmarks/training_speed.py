@@ -12,6 +12,7 @@ is one epoch over --images images. Two checkouts run in a process each.
 
 import argparse
 import copy
+import dataclasses
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,11 @@ class PlainLoop:
 
 
 class OurLoop:
-    """train_model's own epoch, fed by its own sources; one call is one epoch."""
+    """train_model's own epoch, fed by its own sources; one call is one epoch.
+
+    validates: it is a whole training, with validation and with pictures that grow. Else all have
+    the size of the last epoch.
+    """
 
     def __init__(
         self,
@@ -108,6 +113,8 @@ class OurLoop:
         device: torch.device = CPU,
         validates: bool = False,
     ) -> None:
+        if not validates:
+            config = dataclasses.replace(config, small_epochs=0)
         model, frozen, trained = train_model.load_model(config, data.class_to_idx, pretrained=True)
         self.run = train_model.build_run(config, data, model, trained, device)
         self.train_batches, self.val_batches = train_model.build_sources(

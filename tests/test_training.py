@@ -118,6 +118,33 @@ def test_training_and_testing_have_their_own_picture_sizes(
         assert seen >= {(True, 40), (False, 56)} and {side for _, side in seen} == {40, 56}
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_training_pictures_grow_and_a_resumed_run_sees_the_same(
+    int8: bool, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    sizes = {"first_crop": 32, "train_crop": 96, "test_resize": 64, "test_crop": 64}
+    row = dataclasses.replace(BACKBONES["standin"], sizes=sizes)
+    monkeypatch.setitem(BACKBONES, "standin", row)
+    monkeypatch.setattr(frozen_int8, "may_pay", lambda *_: int8)
+    monkeypatch.setattr(frozen_int8, "compare", lambda *_: (2.0, 1.0))
+    seen, real = [], train_model.gradients
+
+    def looking(run: Run, module: Any, batch: Any, processes: Any) -> Any:
+        seen.append((run.progress.epoch, batch.features.shape[-1]))
+        return real(run, module, batch, processes)
+
+    monkeypatch.setattr(train_model, "gradients", looking)
+    epochs = ("--epochs", "4")
+    assert train(tmp_path / "whole", photos, *epochs) == 0
+    assert "pixels in epochs: 32 in 1, 64 in 1, 96 in 2" in caplog.text
+    assert set(seen) == {(0, 8), (1, 16), (2, 24), (3, 24)}, "two layers are frozen"
+    with monkeypatch.context() as patch:
+        after(patch, train_model, "gradients", 6, send(signal.SIGTERM))
+        assert train(tmp_path / "cut", photos, *epochs) == 143
+    assert train(tmp_path / "cut", photos, *epochs, "--resume", "auto") == 0
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
 # It goes on as if nothing had happened --------------------------------------------------------
 
 VARIANTS = {

@@ -18,6 +18,8 @@ from app.ml.preprocessing import PreprocessConfig
 from training.errors import ConfigError
 from training.uris import sqlite_uri, without_password
 
+CROP_STEP = 32  # pixels
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -179,9 +181,12 @@ class TrainingConfig:
         "training", 0.25, number(0, 1), None)
     label_smoothing: float = pinned("training", 0.1, number(0, 1, from_low=True), None)
     # Sides in pixels; auto: the backbone's own. A resumed run keeps those that it began with.
+    first_crop: int | str = pinned("training", "auto", SIDE, None)  # it grows to train_crop
     train_crop: int | str = pinned("training", "auto", SIDE, None)
     test_resize: int | str = pinned("training", "auto", SIDE, None)  # short side before the crop
     test_crop: int | str = pinned("training", "auto", SIDE, None)
+    small_epochs: int | str = pinned(  # before train_crop is reached; auto: three fifths
+        "training", "auto", or_word(integer(0), "auto"), None)
 
     device: str = setting(
         "device", "auto", choice("auto", "cuda", "cpu", "mps"), "where to compute")
@@ -239,6 +244,25 @@ class TrainingConfig:
         own = sizes_of(self.model_name)
         asked = {name: getattr(self, name) for name in own}
         return {name: own[name] if side == "auto" else side for name, side in asked.items()}
+
+    @property
+    def num_small_epochs(self) -> int:
+        """How many epochs train on pictures smaller than `train_crop`; none on stored views."""
+        if self.cache_views:
+            return 0
+        return self.epochs * 3 // 5 if self.small_epochs == "auto" else int(self.small_epochs)
+
+    def crop_in(self, epoch: int) -> int:
+        """Return the side of training crops in an epoch, which are counted from 0.
+
+        It grows from `first_crop` to `train_crop` (as in Howard's progressive resizing), by
+        `CROP_STEP` pixels at a time: with that many more, each layer pads in the same way.
+        """
+        first, last = self.sizes["first_crop"], self.sizes["train_crop"]
+        if epoch >= self.num_small_epochs or first >= last:
+            return last
+        num_steps = -(-(last - first) // CROP_STEP)
+        return first + CROP_STEP * (epoch * num_steps // self.num_small_epochs)
 
     @property
     def preprocessing(self) -> PreprocessConfig:

@@ -285,7 +285,7 @@ def test_exact_settings_are_those_that_change_numbers() -> None:
     free |= {"output_dir", "checkpoint_dir", "checkpoint_copy_dir", "runs", "no_promote"}
     free |= {"custom_data_dir", "labels"}  # the list of images tells data apart
     recipe = {"backbone_lr_scale", "warmup_epochs", "min_crop_scale", "label_smoothing"}
-    recipe |= {"train_crop", "test_resize", "test_crop", "split_seed"}
+    recipe |= {"first_crop", "small_epochs", "train_crop", "test_resize", "test_crop", "split_seed"}
     assert exact.keys() == (FIELDS.keys() | recipe) - free
     assert TrainingConfig(classes=("a", "b")).to_dict()["classes"] == ["a", "b"]
 
@@ -303,13 +303,37 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
         assert config.sizes == sizes_of(name)
         assert config.preprocessing.crop == config.sizes["test_crop"]
         assert config.preprocessing.mean == row.preprocessing["mean"]
-    assert TrainingConfig().sizes == {"train_crop": 224, "test_resize": 256, "test_crop": 256}
-    given = TrainingConfig(train_crop=160, test_resize=250, test_crop=240)
-    assert given.sizes == {"train_crop": 160, "test_resize": 250, "test_crop": 240}
+    names = ("first_crop", "train_crop", "test_resize", "test_crop")
+    assert TrainingConfig().sizes == dict(zip(names, (160, 224, 256, 256), strict=True))
+    given = TrainingConfig(first_crop=128, train_crop=160, test_resize=250, test_crop=240)
+    assert given.sizes == dict(zip(names, (128, 160, 250, 240), strict=True))
     assert (given.preprocessing.resize, given.preprocessing.crop) == (250, 240)
     assert given.with_sizes({"train_crop": 96}).sizes["train_crop"] == 96
     with pytest.raises(ConfigError, match="--test_crop 0: must be"):
         TrainingConfig(test_crop=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sides"),
+    [
+        ({"epochs": 10}, [160] * 3 + [192] * 3 + [224] * 4),
+        ({"epochs": 5}, [160] * 2 + [192] + [224] * 2),
+        ({"epochs": 2}, [160, 224]),
+        ({"epochs": 1}, [224]),
+        ({"epochs": 4, "cache_views": 2}, [224] * 4),
+        ({"epochs": 4, "small_epochs": 0}, [224] * 4),
+        ({"epochs": 3, "small_epochs": 2, "first_crop": 150}, [150, 182, 224]),
+        ({"epochs": 2, "train_crop": 128}, [128] * 2),
+        ({"epochs": 2, "model_name": "efficientnet_lite0"}, [224] * 2),
+    ],
+)
+def test_training_crops_grow_in_the_first_three_fifths(
+    settings: dict[str, Any], sides: list[int]
+) -> None:
+    """At first in the same number of epochs each; the last epochs see the largest."""
+    config = TrainingConfig(**settings)
+    assert [config.crop_in(epoch) for epoch in range(config.epochs)] == sides
+    assert config.crop_in(1000) == sides[-1]
 
 
 def test_a_models_record_gives_its_settings_back() -> None:

@@ -92,7 +92,7 @@ def backbone(model_name: str) -> Backbone:
 
 
 def sizes_of(model_name: str) -> dict[str, int]:
-    """Return the sides in pixels of a training crop and of a tested picture, by their settings.
+    """Return the sides in pixels of training crops and of tested pictures, by their settings.
 
     A random crop makes things look larger than a center crop does, so a network sees them at one
     size if it is tested on larger pictures than it was trained on (Touvron et al. 2019).
@@ -104,7 +104,7 @@ def imagenet_sizes_of(model_name: str) -> dict[str, int]:
     """Return the sizes of `preprocessing`, which training once used too."""
     recipe = backbone(model_name).preprocessing
     crop, resize = recipe["crop"], recipe["resize"]
-    return {"train_crop": crop, "test_resize": resize, "test_crop": crop}
+    return {"first_crop": crop, "train_crop": crop, "test_resize": resize, "test_crop": crop}
 
 
 def head_linear(model: nn.Module, model_name: str) -> nn.Linear:
@@ -543,7 +543,8 @@ BACKBONES = {
         head="classifier.1",
         preprocessing=_torchvision_preprocessing("mobilenet_v2"),
         imagenet=_torchvision_imagenet("mobilenet_v2"),
-        sizes={"test_resize": 256, "test_crop": 256},  # measured in docs/experiments.md
+        # measured in docs/experiments.md
+        sizes={"first_crop": 160, "test_resize": 256, "test_crop": 256},
     ),
     "efficientnet_b0": Backbone(
         build=_efficientnet_b0,

@@ -1,6 +1,7 @@
 """What a person sees while a run trains: log lines and progress bars."""
 
 import dataclasses
+import itertools
 import logging
 from typing import Any
 
@@ -27,6 +28,14 @@ def log_settings(config: TrainingConfig) -> None:
         )
     for group, settings in groups.items():
         logger.info("%-8s %s", group, " ".join(settings))
+
+
+def log_crops(config: TrainingConfig) -> None:
+    """Log how large training pictures are in which epochs, if they grow."""
+    sides = [config.crop_in(epoch) for epoch in range(config.epochs)]
+    if len(set(sides)) > 1:
+        parts = [f"{side} in {len(list(same))}" for side, same in itertools.groupby(sides)]
+        logger.info("training pictures grow; pixels in epochs: %s", ", ".join(parts))
 
 
 def log_data(data: FoodData) -> None:

@@ -301,7 +301,7 @@ def train_images(config: TrainingConfig, paths: tuple[str, ...]) -> TrainImages:
     """Augment images as these settings say."""
     crop = config.sizes["train_crop"]
     cache = config.checkpoint_dir / "image_cache" if config.cache_images == "on" else None
-    return TrainImages(paths, ImageCache(cache, crop), crop, config)
+    return TrainImages(paths, ImageCache(cache, crop), config)
 
 
 def _train_source(

@@ -47,7 +47,8 @@ def int8_if_faster(
         return nothing
     batch = calibration_batch(config, split, skipped)
     try:
-        data = quantize(trace(layers, config.sizes["train_crop"], "features"), plain.pixels(batch))
+        traced = trace(layers, config.sizes["train_crop"], "features", any_size=True)
+        data = quantize(traced, plain.pixels(batch))
         file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         int8 = plain.in_int8(file)
         error, times = relative_error(plain, int8, batch), compare(plain, int8, batch)

@@ -170,15 +170,13 @@ class Images(Dataset[Sample]):
 class TrainImages(Images):
     """Augmented pixels of the training split, read through the cache."""
 
-    def __init__(
-        self, paths: tuple[str, ...], cache: ImageCache, crop: int, config: TrainingConfig
-    ) -> None:
-        super().__init__(paths, crop)
+    def __init__(self, paths: tuple[str, ...], cache: ImageCache, config: TrainingConfig) -> None:
+        super().__init__(paths, config.sizes["train_crop"])  # the largest of the run
         self.cache, self.config = cache, config
 
     def _read(self, key: SampleKey, path: str) -> Sample:
-        image = self.cache.load(path)
-        return Sample(key, *augment(image, self.crop, self.config, key.view, key.image))
+        image, crop = self.cache.load(path), self.config.crop_in(key.view)
+        return Sample(key, *augment(image, crop, self.config, key.view, key.image))
 
 
 class EvalImages(Images):

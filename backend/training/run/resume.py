@@ -108,14 +108,21 @@ def _settings_of(state: dict[str, Any], config: TrainingConfig) -> dict[str, Any
         settings["weights"] = config.weights
     elif settings["weights"] == config.weights:
         settings["weights"] += " with other content"
-    then = sizes_then(state)
-    settings |= {n: "auto" if getattr(config, n) == "auto" else side for n, side in then.items()}
+    then = recipe_then(state)
+    settings |= {n: "auto" if getattr(config, n) == "auto" else value for n, value in then.items()}
     return settings
 
 
 def sizes_then(state: dict[str, Any]) -> dict[str, int]:
-    """The picture sizes of a checkpoint's run; earlier versions trained on those of ImageNet."""
-    return state.get("sizes") or imagenet_sizes_of(state["config"]["model_name"])
+    """The picture sizes of a checkpoint's run; earlier versions trained on those of ImageNet, and
+    on one size."""
+    sizes = state.get("sizes") or imagenet_sizes_of(state["config"]["model_name"])
+    return {"first_crop": sizes["train_crop"], **sizes}
+
+
+def recipe_then(state: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were `auto` as the run of a checkpoint began, and mean what they did then."""
+    return {**sizes_then(state), "small_epochs": state.get("small_epochs", 0)}
 
 
 def _same_weights(config: TrainingConfig, then: str, sha256_then: str) -> bool:

@@ -216,6 +216,7 @@ class Run:
             "config": self.asked,
             "precision": self.config.precision,
             "sizes": self.config.sizes,
+            "small_epochs": self.config.num_small_epochs,
             "weights_sha256": self.weights_sha256,
             "data_fingerprint": self.data_fingerprint,
             "skipped": self.skipped,

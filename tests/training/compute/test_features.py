@@ -73,7 +73,9 @@ def source(
     order = EpochSampler(len(photos), 4, seed=seed)
     reading = EpochSampler(len(photos), 4) if store else order
     dataset = (
-        TrainImages(photos, ImageCache(None), 32, TrainingConfig(seed=3, min_crop_scale=0.25))
+        TrainImages(
+            photos, ImageCache(None), TrainingConfig(seed=3, min_crop_scale=0.25, train_crop=32)
+        )
         if train
         else EvalImages(photos, CONFIG)
     )

@@ -13,7 +13,7 @@ from tests.support import standin
 from torch import Tensor, nn
 
 from app.ml.model import backbone, build_model, split_model
-from app.ml.predictor import OnnxNetwork, has_vnni
+from app.ml.predictor import OnnxNetwork, has_vnni, open_session, run_session
 from app.ml.preprocessing import PreprocessConfig, normalize
 from training.compute import quantization
 from training.compute.quantization import CalibrationBatches, quantize
@@ -99,6 +99,22 @@ def test_what_a_head_is_trained_on_stays_in_float_if_the_pool_is_frozen(
     graph = onnx.load_from_string(data).graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     assert "DequantizeLinear" in made_by.values() and made_by["features"] == "Flatten"
+
+
+@pytest.mark.parametrize("model_name", ["mobilenet_v2", "efficientnet_lite0", "efficientnet_b0"])
+def test_layers_written_for_any_size_compute_what_they_do_on_pictures_32_pixels_smaller(
+    model_name: str,
+) -> None:
+    """As training pictures grow by that much; timm's paddings are constants of the file."""
+    torch.manual_seed(0)
+    layers = split_model(build_model(model_name, 3).eval(), model_name, 4)[0]
+    session = open_session(trace(layers, 128, "features", any_size=True), 1)
+    for side in (128, 96, 64):
+        images = torch.rand(2, 3, side, side)
+        with torch.no_grad():
+            expected = layers(images)
+        (found,) = run_session(session, images)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_in_memory_at_once_is_bounded_and_every_image_is_seen_once() -> None:

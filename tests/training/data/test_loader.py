@@ -130,7 +130,9 @@ def loader(
 ) -> ImageLoader:
     if not train:
         return eval_loader(photos, CONFIG, 4, num_workers, CPU)
-    images = TrainImages(photos, ImageCache(cache), 32, TrainingConfig(seed=3, min_crop_scale=0.25))
+    images = TrainImages(
+        photos, ImageCache(cache), TrainingConfig(seed=3, min_crop_scale=0.25, train_crop=32)
+    )
     return ImageLoader(images, EpochSampler(len(photos), 4, seed=1), num_workers, CPU)
 
 

@@ -36,7 +36,7 @@ from training.run.checkpoints import (
     save_checkpoint,
 )
 from training.run.resume import find_checkpoint as find
-from training.run.resume import locked, mark_finished, sizes_then
+from training.run.resume import locked, mark_finished, recipe_then, sizes_then
 from training.run.state import EarlyStopping, Progress
 
 
@@ -421,7 +421,7 @@ def test_a_resumed_run_keeps_the_sizes_of_its_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the backbone's own are by then; other ones that are asked for make another run."""
-    begun = {"train_crop": 192, "test_resize": 272, "test_crop": 256}
+    begun = {"first_crop": 96, "train_crop": 192, "test_resize": 272, "test_crop": 256}
     path = saved(tmp_path, age=1, **begun)
     row = dataclasses.replace(BACKBONES["mobilenet_v2"], sizes={"train_crop": 160})
     monkeypatch.setitem(BACKBONES, "mobilenet_v2", row)
@@ -432,15 +432,32 @@ def test_a_resumed_run_keeps_the_sizes_of_its_pictures(
         find_checkpoint(*resuming(tmp_path, str(path), test_crop=224))
 
 
-def test_a_run_from_before_there_were_sizes_has_those_of_imagenet(tmp_path: Path) -> None:
-    run, names = make_run(), ("train_crop", "test_resize", "test_crop")
-    then = run.state()
+def test_a_run_from_before_there_were_sizes_has_those_of_imagenet_from_first_to_last(
+    tmp_path: Path,
+) -> None:
+    run, names = make_run(), ("first_crop", "train_crop", "test_resize", "test_crop")
+    then, names = run.state(), (*names, "small_epochs")
     then = {**then, "config": {k: v for k, v in then["config"].items() if k not in names}}
-    del then["sizes"]
+    del then["sizes"], then["small_epochs"]
     path = save_checkpoint(tmp_path / run.name, then)
     found = find_checkpoint(*resuming(tmp_path, str(path)))
     assert found is not None
-    assert sizes_then(found.state) == dict(zip(names, (224, 232, 224), strict=True))
+    assert recipe_then(found.state) == dict(zip(names, (224, 224, 232, 224, 0), strict=True))
+
+
+def test_pictures_go_on_growing_as_they_began_to_in_a_run_that_becomes_longer(
+    tmp_path: Path,
+) -> None:
+    """Resumed twice: the settings of a run that was resumed once are numbers, no longer `auto`."""
+    path = saved(tmp_path, age=2, epochs=10)
+    for age in (1, 0):
+        found = find_checkpoint(*resuming(tmp_path, str(path), epochs=20))
+        assert found is not None
+        then = recipe_then(found.state)
+        assert (then["first_crop"], then["small_epochs"]) == (160, 6)
+        path = saved(tmp_path, age, epochs=20, **then)
+    with pytest.raises(CheckpointError, match="small_epochs is 3, was 6"):
+        find_checkpoint(*resuming(tmp_path, str(path), small_epochs=3))
 
 
 def test_pretrained_weights_are_compared_by_content_and_need_not_be_there(tmp_path: Path) -> None:
