@@ -185,7 +185,7 @@ class TrainingConfig:
     train_crop: int | str = pinned("training", "auto", SIDE, None)
     test_resize: int | str = pinned("training", "auto", SIDE, None)  # short side before the crop
     test_crop: int | str = pinned("training", "auto", SIDE, None)
-    small_epochs: int | str = pinned(  # before train_crop is reached; auto: three fifths
+    small_epochs: int | str = pinned(  # before train_crop is reached; auto: four fifths
         "training", "auto", or_word(integer(0), "auto"), None)
 
     device: str = setting(
@@ -250,7 +250,7 @@ class TrainingConfig:
         """How many epochs train on pictures smaller than `train_crop`; none on stored views."""
         if self.cache_views:
             return 0
-        return self.epochs * 3 // 5 if self.small_epochs == "auto" else int(self.small_epochs)
+        return self.epochs * 4 // 5 if self.small_epochs == "auto" else int(self.small_epochs)
 
     def crop_in(self, epoch: int) -> int:
         """Return the side of training crops in an epoch, which are counted from 0.

@@ -316,8 +316,8 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
 @pytest.mark.parametrize(
     ("settings", "sides"),
     [
-        ({"epochs": 10}, [160] * 3 + [192] * 3 + [224] * 4),
-        ({"epochs": 5}, [160] * 2 + [192] + [224] * 2),
+        ({"epochs": 10}, [160] * 4 + [192] * 4 + [224] * 2),
+        ({"epochs": 5}, [160] * 2 + [192] * 2 + [224]),
         ({"epochs": 2}, [160, 224]),
         ({"epochs": 1}, [224]),
         ({"epochs": 4, "cache_views": 2}, [224] * 4),
@@ -327,10 +327,10 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
         ({"epochs": 2, "model_name": "efficientnet_lite0"}, [224] * 2),
     ],
 )
-def test_training_crops_grow_in_the_first_three_fifths(
+def test_training_crops_grow_in_the_first_four_fifths(
     settings: dict[str, Any], sides: list[int]
 ) -> None:
-    """At first in the same number of epochs each; the last epochs see the largest."""
+    """The smaller ones in as many epochs each; the last epochs see the largest."""
     config = TrainingConfig(**settings)
     assert [config.crop_in(epoch) for epoch in range(config.epochs)] == sides
     assert config.crop_in(1000) == sides[-1]
