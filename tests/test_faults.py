@@ -382,7 +382,7 @@ def test_when_memory_runs_out_the_run_goes_on_in_smaller_parts_and_resumes_exact
         assert train(tmp_path / "cut", photos) == 143
     assert train(tmp_path / "cut", photos, "--resume", "auto") == 0
     said = [m for m in caplog.messages if "memory ran out" in m]
-    assert len(said) == 1 and "now processing 4 images at a time" in said[0]
+    assert len(said) == 1 and "now at most 4 images at a time" in said[0]
     assert outcome(tmp_path / "cut").history == outcome(tmp_path / "begun so").history
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "begun so")
 

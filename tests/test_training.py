@@ -202,7 +202,6 @@ def test_frozen_layers_in_integers_stay_those_of_the_run(
     assert train(tmp_path / "whole", photos) == 0
     expected = outcome(tmp_path / "whole")
     assert expected != undisturbed
-    assert read_record(tmp_path / "whole" / "models").training["frozen_int8"] is True
     copied = ("--checkpoint_copy_dir", str(tmp_path / "copies"))
     with monkeypatch.context() as patch:
         after(patch, train_model, "gradients", 6, send(signal.SIGTERM))
@@ -544,7 +543,7 @@ class Hanging(Images):
     """Reads some batches and then hangs, as a reader that lost its batch does."""
 
     def __init__(self, paths: tuple[str, ...], *values: Any) -> None:
-        super().__init__(paths, crop=values[1])
+        super().__init__(paths, crop=values[1].sizes["train_crop"])
 
     def _read(self, key: SampleKey, path: str) -> Sample:  # noqa: ARG002
         if key.position == 0 and key.image % 2:

@@ -258,7 +258,7 @@ def test_sources_as_a_run_makes_them(
     """Validation is kept in one view; a wholly frozen network leaves only pooled features."""
     model, part, trained, frozen = mobilenet(freeze)
     before = copy.deepcopy(part.state_dict())
-    train, val = sources_of(photos, frozen, tmp_path, num_workers=0)
+    train, val = sources_of(photos, frozen, tmp_path, num_workers=0, small_epochs=0)
     (batch,) = val.epoch(0)
     assert batch.features.shape == (3, *shape) and batch.num_images == 3
     assert train.store is None and val.store is not None
@@ -269,7 +269,7 @@ def test_sources_as_a_run_makes_them(
         whole = model(normalize(pixels, frozen.config))
         torch.testing.assert_close(trained.eval()(batch.features), whole, atol=1e-4, rtol=1e-3)
     (batch,) = train.epoch(0)
-    assert batch.features.shape == (3, *shape)
+    assert batch.features.shape == (3, *shape), "at 224 pixels"
     assert all(torch.equal(before[key], value) for key, value in part.state_dict().items())
     train.close()
     val.close()

@@ -116,8 +116,9 @@ def test_a_release_is_whole(
     data: FoodData, model: nn.Module, trained: Trained, tmp_path: Path
 ) -> None:
     folder = tmp_path / "models"
-    record = release_model(model, data, trained(), CPU)
+    record = release_model(model, data, trained(frozen_int8=True), CPU)
     assert read_record(folder) == record and record.version == 1
+    assert record.training["frozen_int8"] is True
     assert record.sha256.keys() == PLAIN_FILES | INT8_FILES
     assert report_of(folder) == REPORT
     assert all(path.is_file() for path in released_files(folder, record))
