@@ -560,7 +560,10 @@ def test_a_signal_is_obeyed_while_a_reader_hangs(
     alarm = threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM))
     alarm.start()
     began = time.monotonic()
-    assert train(tmp_path, photos, "--num_workers", num_workers) == 143
+    try:
+        assert train(tmp_path, photos, "--num_workers", num_workers) == 143
+    finally:
+        alarm.cancel()  # else it would stop a later test where this one fails
     assert time.monotonic() - began < 60
     assert list(tmp_path.glob("runs/*/checkpoint-*.pt"))
     alarm.cancel()
