@@ -252,17 +252,21 @@ class TrainingConfig:
             return 0
         return self.epochs * 4 // 5 if self.small_epochs == "auto" else int(self.small_epochs)
 
-    def crop_in(self, epoch: int) -> int:
-        """Return the side of training crops in an epoch, which are counted from 0.
+    @property
+    def crops(self) -> dict[int, int]:
+        """The sides of training crops, by the epoch that each begins in, counted from 0.
 
-        It grows from `first_crop` to `train_crop` (as in Howard's progressive resizing), by
+        They grow from `first_crop` to `train_crop` (as in Howard's progressive resizing), by
         `CROP_STEP` pixels at a time: with that many more, each layer pads in the same way.
         """
-        first, last = self.sizes["first_crop"], self.sizes["train_crop"]
-        if epoch >= self.num_small_epochs or first >= last:
-            return last
-        num_steps = -(-(last - first) // CROP_STEP)
-        return first + CROP_STEP * (epoch * num_steps // self.num_small_epochs)
+        small, last = self.num_small_epochs, self.sizes["train_crop"]
+        sides = range(self.sizes["first_crop"], last, CROP_STEP)
+        begins = {-(-step * small // len(sides)): side for step, side in enumerate(sides)}
+        return {**begins, small if sides else 0: last}
+
+    def crop_in(self, epoch: int) -> int:
+        """Return the side of training crops in an epoch, counted from 0."""
+        return [side for begin, side in self.crops.items() if begin <= epoch][-1]
 
     @property
     def preprocessing(self) -> PreprocessConfig:

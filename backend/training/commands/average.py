@@ -186,9 +186,12 @@ def sizes_of_record(record: ModelRecord) -> dict[str, int]:
     """Return the picture sizes of a version."""
     crop, resize = record.preprocessing.crop, record.preprocessing.resize
     train_crop = record.training.get("train_crop", crop)
-    first_crop = record.training.get("first_crop", train_crop)
-    training = {"first_crop": first_crop, "train_crop": train_crop}
-    return {**training, "test_resize": resize, "test_crop": crop}
+    return {
+        "first_crop": record.training.get("first_crop", train_crop),
+        "train_crop": train_crop,
+        "test_resize": resize,
+        "test_crop": crop,
+    }
 
 
 # Photos ---------------------------------------------------------------------------------------

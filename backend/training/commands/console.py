@@ -32,9 +32,10 @@ def log_settings(config: TrainingConfig) -> None:
 
 def log_crops(config: TrainingConfig) -> None:
     """Log how large training pictures are in which epochs, if they grow."""
-    sides = [config.crop_in(epoch) for epoch in range(config.epochs)]
-    if len(set(sides)) > 1:
-        parts = [f"{side} in {len(list(same))}" for side, same in itertools.groupby(sides)]
+    begins = [epoch for epoch in config.crops if epoch < config.epochs]
+    if len(begins) > 1:
+        pairs = itertools.pairwise([*begins, config.epochs])
+        parts = [f"{config.crops[begin]} in {end - begin}" for begin, end in pairs]
         logger.info("training pictures grow; pixels in epochs: %s", ", ".join(parts))
 
 

@@ -20,7 +20,6 @@ def trace(network: nn.Module, crop: int, *outputs: str, any_size: bool = False) 
     copy = copy.to(memory_format=torch.contiguous_format)
     fix_padding(copy, crop)
     example = torch.zeros(2, 3, crop, crop)
-    axes = {0: "n", 2: "height", 3: "width"} if any_size else {0: "n"}
     buffer: Any = io.BytesIO()  # taken by the exporter, though not declared
     with warnings.catch_warnings():
         # torch calls this exporter the legacy one. For these networks it gives the same graph as
@@ -37,7 +36,10 @@ def trace(network: nn.Module, crop: int, *outputs: str, any_size: bool = False) 
             dynamo=False,
             input_names=["images"],
             output_names=list(outputs),
-            dynamic_axes=dict.fromkeys(("images", *outputs), axes),
+            dynamic_axes={
+                name: {0: "n", **({2: f"{name}_height", 3: f"{name}_width"} if any_size else {})}
+                for name in ("images", *outputs)
+            },
             opset_version=17,
         )
     return buffer.getvalue()

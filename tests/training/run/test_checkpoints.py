@@ -435,8 +435,9 @@ def test_a_resumed_run_keeps_the_sizes_of_its_pictures(
 def test_a_run_from_before_there_were_sizes_has_those_of_imagenet_from_first_to_last(
     tmp_path: Path,
 ) -> None:
-    run, names = make_run(), ("first_crop", "train_crop", "test_resize", "test_crop")
-    then, names = run.state(), (*names, "small_epochs")
+    run = make_run()
+    names = ("first_crop", "train_crop", "test_resize", "test_crop", "small_epochs")
+    then = run.state()
     then = {**then, "config": {k: v for k, v in then["config"].items() if k not in names}}
     del then["sizes"], then["small_epochs"]
     path = save_checkpoint(tmp_path / run.name, then)
