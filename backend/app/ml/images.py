@@ -60,7 +60,7 @@ PACKED = {
     b"\x1f\x8b": "gzip",
 }
 MAX_ASPECT_RATIO = 20  # 1x10,000 would make "resize the short side to 256" ask for 2 GB
-DRAFT_SIDE = 512  # JPEG and HEIC come at the smallest scale whose short side is at least this
+DRAFT_SIDE = 512  # pictures come at the smallest scale whose short side is at least this
 SCALES = (8, 4, 2, 1)
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -101,8 +101,8 @@ def load_image(source: ImageSource, limits: Limits = SERVING_LIMITS) -> Image.Im
     """Open, decode fully and stand upright one picture, as RGB.
 
     EXIF orientation is applied, a color profile is converted to sRGB, transparency is laid on
-    white, 16-bit gray is scaled (not clipped), an animation gives its first frame. A large JPEG or
-    HEIC comes at reduced size, with its short side still at least `DRAFT_SIDE` pixels.
+    white, 16-bit gray is scaled (not clipped), an animation gives its first frame. A large picture
+    comes at reduced size, with its short side still at least `DRAFT_SIDE` pixels.
 
     Raises:
         UnsupportedImageError: none of the formats that are read.
@@ -119,8 +119,15 @@ def load_image(source: ImageSource, limits: Limits = SERVING_LIMITS) -> Image.Im
     if orientation is None:  # told by the decoder
         orientation = find_orientation(image.info.get("exif") or b"", image.info.get("xmp") or b"")
     image = _to_rgb(image)
+    if (scale := _scale(image.size)) > 1:  # of no format that is decoded at reduced size
+        image = image.reduce(scale)
     turn = TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
+
+
+def _scale(size: tuple[int, int]) -> int:
+    """By how much a picture can be reduced with its short side at least `DRAFT_SIDE`."""
+    return next((scale for scale in SCALES if min(size) // DRAFT_SIDE >= scale), 1)
 
 
 # Opening --------------------------------------------------------------------------------------
@@ -300,8 +307,7 @@ def _heif_bytes(mode: str, info: dict[str, Any]) -> float:
 
 def _reduced(mode: str, data: bytes, size: tuple[int, int], stride: int) -> Image.Image:
     """The pixels at the scale that a JPEG of this size would come at, made strip by strip."""
-    width, height = size
-    scale = next((scale for scale in SCALES if min(size) // DRAFT_SIDE >= scale), 1)
+    (width, height), scale = size, _scale(size)
     image = Image.new(mode, (-(-width // scale), -(-height // scale)))
     flat = np.frombuffer(data, np.uint8)
     for top in range(0, height, STRIP * scale):

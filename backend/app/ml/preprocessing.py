@@ -8,6 +8,7 @@ turns a batch of those into what the network takes.
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -88,11 +89,12 @@ class EvalTransform:
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB image -> uint8 (3, crop, crop)."""
         config = self.config
-        image = F.resize(image, [config.resize], interpolation=self.interpolation)
-        image = F.center_crop(image, [config.crop, config.crop])
-        # PIL keeps a pixel's colors together, a network wants each color apart: moving bytes takes
-        # a quarter of the time that moving the floats of `normalize` does.
-        return F.pil_to_tensor(image).contiguous()
+        # torch resizes as Pillow does, but for rounding, in a third of the time, if the colors of a
+        # pixel are together. A network wants each color apart: moving bytes takes a quarter of the
+        # time that moving the floats of `normalize` does.
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = F.resize(pixels, [config.resize], interpolation=self.interpolation)
+        return F.center_crop(pixels, [config.crop, config.crop]).contiguous()
 
 
 def normalize(images: Tensor, config: PreprocessConfig) -> Tensor:

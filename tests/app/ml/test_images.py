@@ -141,9 +141,10 @@ def test_the_first_frame_of_a_gif_may_be_larger_than_its_screen() -> None:
     assert load_image(bytes(data)).size == (96, 64)
 
 
-def test_a_large_jpeg_is_decoded_small_and_looks_the_same() -> None:
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_a_large_picture_comes_small_and_looks_the_same(format: str) -> None:
     large = Image.linear_gradient("L").resize((2000, 2400)).convert("RGB")
-    image = load_image(encoded(large, "JPEG"))
+    image = load_image(encoded(large, format))
     assert image.size == (1000, 1200) and min(image.size) >= DRAFT_SIDE
     assert distance(image, large.resize(image.size)) < 2
 

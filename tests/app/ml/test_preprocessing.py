@@ -1,5 +1,6 @@
 """The recipe that travels with a model, and that serving and validation follow the same."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tests.support.pictures import encoded, exif, noise, orientation_tag, rgb_profile
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
 
 from app.ml.model import BACKBONES
 from app.ml.predictor import FoodPredictor
@@ -52,6 +55,19 @@ def test_the_crop_is_the_center_of_the_resized_picture() -> None:
     pixels = EvalTransform(CONFIG)(Image.fromarray(picture))
     assert pixels.shape == (3, 224, 224)
     assert (pixels[:, :, :110] == 0).all() and (pixels[:, :, 114:] == 255).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(512, 384), (211, 340), (60, 45), (1023, 600)])
+def test_it_resizes_as_pillow_does_but_for_rounding(
+    interpolation: str, size: tuple[int, int]
+) -> None:
+    config = dataclasses.replace(CONFIG, crop=256, interpolation=interpolation)
+    image = noise(*size)
+    resized = F.resize(image, [256], interpolation=InterpolationMode(interpolation))
+    expected = F.pil_to_tensor(F.center_crop(resized, [256, 256])).int()
+    differences = (EvalTransform(config)(image) - expected).abs()
+    assert differences.max() <= 2 and differences.float().mean() < 0.01
 
 
 def test_normalize_is_the_textbook_formula() -> None:
