@@ -19,6 +19,7 @@ from training.errors import ConfigError
 from training.uris import sqlite_uri, without_password
 
 CROP_STEP = 32  # pixels
+MAX_SMALL_EPOCHS = 8
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -185,7 +186,7 @@ class TrainingConfig:
     train_crop: int | str = pinned("training", "auto", SIDE, None)
     test_resize: int | str = pinned("training", "auto", SIDE, None)  # short side before the crop
     test_crop: int | str = pinned("training", "auto", SIDE, None)
-    small_epochs: int | str = pinned(  # before train_crop is reached; auto: four fifths
+    small_epochs: int | str = pinned(  # before train_crop is reached; auto: four fifths, 8 at most
         "training", "auto", or_word(integer(0), "auto"), None)
 
     device: str = setting(
@@ -247,10 +248,14 @@ class TrainingConfig:
 
     @property
     def num_small_epochs(self) -> int:
-        """How many epochs train on pictures smaller than `train_crop`; none on stored views."""
+        """How many epochs train on pictures smaller than `train_crop`; none on stored views.
+
+        A bound keeps a run of many epochs from stopping early before it has grown.
+        """
         if self.cache_views:
             return 0
-        return self.epochs * 4 // 5 if self.small_epochs == "auto" else int(self.small_epochs)
+        automatic = min(self.epochs * 4 // 5, MAX_SMALL_EPOCHS)
+        return automatic if self.small_epochs == "auto" else int(self.small_epochs)
 
     @property
     def crops(self) -> dict[int, int]:

@@ -317,6 +317,7 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
     ("settings", "sides"),
     [
         ({"epochs": 10}, [160] * 4 + [192] * 4 + [224] * 2),
+        ({"epochs": 20}, [160] * 4 + [192] * 4 + [224] * 12),
         ({"epochs": 5}, [160] * 2 + [192] * 2 + [224]),
         ({"epochs": 2}, [160, 224]),
         ({"epochs": 1}, [224]),
@@ -327,7 +328,7 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
         ({"epochs": 2, "model_name": "efficientnet_lite0"}, [224] * 2),
     ],
 )
-def test_training_crops_grow_in_the_first_four_fifths(
+def test_training_crops_grow_in_the_first_four_fifths_or_eight_epochs(
     settings: dict[str, Any], sides: list[int]
 ) -> None:
     """The smaller ones in as many epochs each; the last epochs see the largest."""
