@@ -340,18 +340,23 @@ def inference_copy(
     return plain.to(device, dtype).to(memory_format=torch.channels_last)
 
 
+def activation_of(norm: nn.Module) -> nn.Module:
+    """Return what a batch-norm applies to its output, as timm's BatchNormAct2d does, or nothing."""
+    activation: nn.Module = getattr(norm, "act", nn.Identity())
+    return activation
+
+
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Merge, in place, each batch-norm into the convolution that stands right before it.
 
     Holds for modules that call their children in the order they list them, as all of `BACKBONES`
-    do, and not for every network of timm. timm's BatchNormAct2d carries its activation, which
-    stays.
+    do, and not for every network of timm. A batch-norm's own activation stays.
     """
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before and isinstance(before[1], nn.Conv2d):
             setattr(module, before[0], fuse_conv_bn_eval(before[1], child))
-            setattr(module, name, getattr(child, "act", nn.Identity()))
+            setattr(module, name, activation_of(child))
         else:
             fold_batch_norm(child)
         before = (name, child)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from app.ml.model import activation_of
 from training.compute.forwards import replaced_forwards
 from training.errors import TrainingError
 
@@ -207,9 +208,9 @@ def shared_gradients(module: nn.Module, processes: Processes) -> Iterator[nn.Mod
 def synced_batch_norm(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     """norm(images) with the statistics of all processes' images, on any device.
 
-    torch's own SyncBatchNorm runs on GPUs only. timm's BatchNormAct2d brings its activation.
+    torch's own SyncBatchNorm runs on GPUs only.
     """
-    activation = getattr(norm, "act", nn.Identity())
+    activation = activation_of(norm)
     assert norm.running_mean is not None and norm.running_var is not None
     if not norm.training:
         eval_norm = nn.functional.batch_norm(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from app.ml.model import activation_of
 from training.compute.forwards import replaced_forwards
 
 
@@ -29,8 +30,7 @@ def folded_batch_norm(module: nn.Module, *, wanted: bool) -> Iterator[None]:
     if wanted:
         for conv, norm in foldable(module):
             forwards.append((conv, functools.partial(_convolve, conv, norm)))
-            activation = getattr(norm, "act", nn.Identity())  # of timm's BatchNormAct2d
-            forwards.append((norm, activation.__call__))
+            forwards.append((norm, activation_of(norm).__call__))
         for child in module.modules():
             if isinstance(child, nn.ReLU6) and child.inplace:
                 forwards.append((child, ReLU6.apply))
