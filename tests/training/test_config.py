@@ -325,7 +325,8 @@ def test_sizes_are_the_backbones_unless_they_are_given() -> None:
         ({"epochs": 4, "small_epochs": 0}, [224] * 4),
         ({"epochs": 3, "small_epochs": 2, "first_crop": 150}, [150, 182, 224]),
         ({"epochs": 2, "train_crop": 128}, [128] * 2),
-        ({"epochs": 2, "model_name": "efficientnet_lite0"}, [224] * 2),
+        ({"epochs": 3, "model_name": "efficientnet_lite2"}, [196, 228, 260]),
+        ({"epochs": 2, "model_name": "resnet50"}, [224] * 2),
     ],
 )
 def test_training_crops_grow_in_the_first_four_fifths_or_eight_epochs(

@@ -518,6 +518,7 @@ def _lite(model_name: str, resize: int, crop: int) -> Backbone:
             "std": (0.5, 0.5, 0.5),
         },
         imagenet=_efficientnet_lite_imagenet(model_name),
+        sizes={"first_crop": crop - 64},  # measured in docs/experiments.md
     )
 
 
