@@ -35,6 +35,7 @@ BEFORE = Path(__file__).parent / "support" / "before"
 ANSWERS = json.loads((BEFORE / "answers.json").read_text())
 COLORS = {"green": (60, 170, 60), "red": (190, 60, 60), "sky": (70, 90, 200)}
 EXPERIMENT = "nutrilearn-food-training"
+RESIZED = 5e-3  # in a probability: Pillow resized then, and rounds some pixels otherwise than torch
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def test_the_model_answers_what_it_answered(runtime: Any, unpacked: Path) -> Non
     pixels = (torch.arange(3 * 224 * 224) * 37 % 251).to(torch.uint8).reshape(1, 3, 224, 224)
     assert model.logits(pixels)[0].tolist() == pytest.approx(then["logits"], abs=2e-4)
     for name, color in COLORS.items():
-        wanted = [(label, pytest.approx(p, abs=2e-4)) for label, p in then[name]["top"]]
+        wanted = [(label, pytest.approx(p, abs=RESIZED)) for label, p in then[name]["top"]]
         assert predict_image(model, picture(color), top_k=3) == wanted
         assert model.predict(picture(color)).verdict == then[name]["verdict"]
 
@@ -99,7 +100,7 @@ def test_the_model_is_listed_and_served(unpacked: Path, tmp_path: Path) -> None:
     assert answer["model_version"] == 1
     top = [(guess["class_name"], guess["confidence"]) for guess in answer["top_predictions"]]
     assert top == [
-        (label, pytest.approx(p, abs=2e-4)) for label, p in ANSWERS["onnx"]["red"]["top"]
+        (label, pytest.approx(p, abs=RESIZED)) for label, p in ANSWERS["onnx"]["red"]["top"]
     ]
 
 
