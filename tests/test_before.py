@@ -20,6 +20,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from tests.support import standin
+from tests.support.pictures import resized_by_pillow
 from tests.support.runs import arguments, draw_photos
 from tests.support.tracked_runs import bring_in_sync, finished_run, the_run
 
@@ -84,6 +85,9 @@ def test_the_model_answers_what_it_answered(runtime: Any, unpacked: Path) -> Non
     pixels = (torch.arange(3 * 224 * 224) * 37 % 251).to(torch.uint8).reshape(1, 3, 224, 224)
     assert model.logits(pixels)[0].tolist() == pytest.approx(then["logits"], abs=2e-4)
     for name, color in COLORS.items():
+        wanted = [(label, pytest.approx(p, abs=2e-4)) for label, p in then[name]["top"]]
+        pixels = resized_by_pillow(picture(color), model.record.preprocessing)
+        assert model.predict_batch(pixels[None])[0].top == wanted
         wanted = [(label, pytest.approx(p, abs=RESIZED)) for label, p in then[name]["top"]]
         assert predict_image(model, picture(color), top_k=3) == wanted
         assert model.predict(picture(color)).verdict == then[name]["verdict"]

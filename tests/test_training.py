@@ -566,7 +566,6 @@ def test_a_signal_is_obeyed_while_a_reader_hangs(
         alarm.cancel()  # else it would stop a later test where this one fails
     assert time.monotonic() - began < 60
     assert list(tmp_path.glob("runs/*/checkpoint-*.pt"))
-    alarm.cancel()
 
 
 @needs_fork

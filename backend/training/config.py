@@ -6,6 +6,7 @@ off the command line: the constants of the recipe, which docs/experiments.md mea
 
 import argparse
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -257,7 +258,7 @@ class TrainingConfig:
         automatic = min(self.epochs * 4 // 5, MAX_SMALL_EPOCHS)
         return automatic if self.small_epochs == "auto" else int(self.small_epochs)
 
-    @property
+    @functools.cached_property  # asked for each picture that is read
     def crops(self) -> dict[int, int]:
         """The sides of training crops, by the epoch that each begins in, counted from 0.
 

@@ -7,6 +7,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from app.ml.preprocessing import PreprocessConfig
 
 MEGABYTE = 2**20
 ORIENTATION = 0x0112
@@ -24,6 +29,13 @@ def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     else:
         image.save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def resized_by_pillow(image: Image.Image, config: PreprocessConfig) -> Tensor:
+    """What `EvalTransform` gives but for rounding, uint8 (3, crop, crop)."""
+    mode = InterpolationMode(config.interpolation)
+    resized = F.resize(image, [config.resize], interpolation=mode)
+    return F.pil_to_tensor(F.center_crop(resized, [config.crop, config.crop]))
 
 
 def plate(size: tuple[int, int] = (96, 64), mode: str = "RGB") -> Image.Image:
