@@ -58,16 +58,19 @@ def compare(
     rounds: int,
     warm_up: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    rest: float = 0,
 ) -> tuple[float, float, float]:
     """Run both in turn; each returns how many items it did.
 
     clock: `time.thread_time` leaves out what others do meanwhile, if one thread does all.
+    rest: seconds before each turn, in which threads of the other side go to sleep.
 
     Returns items/s of the baseline and of ours (medians), and the median of the rounds' ratios.
     """
     rates: tuple[list[float], list[float]] = ([], [])
     for number in range(-warm_up, rounds):
         for side, work in zip(rates, (baseline, ours), strict=True):
+            time.sleep(rest)
             began = clock()
             items = work()
             if number >= 0:

@@ -573,7 +573,7 @@ def test_a_reader_that_hangs_ends_the_run_in_one_line(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("training.compute.features.TrainImages", Hanging)
-    monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
+    monkeypatch.setattr(loader, "READING_TIMEOUT", 1)
     assert train(tmp_path, photos, "--num_workers", "1") == 1
     assert "a process that reads images died or hangs" in caplog.messages[-1]
     assert "--shm-size" in caplog.messages[-1] and "\n" not in caplog.messages[-1]

@@ -2,7 +2,8 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
@@ -63,13 +64,12 @@ PHOTO_BODY = {
 }
 
 
-async def uploaded(request: Request) -> AsyncIterator[Body]:
-    """Give a route the request's body, once all of it has arrived."""
+def uploaded(request: Request) -> AbstractAsyncContextManager[Body]:
+    """Inside, hold the request's body, all of it; as a dependency it would cost more."""
     memory = request.app.state.uploads
     assert isinstance(memory, UploadMemory)
     check_content_type(request.headers.get("content-type", ""))
-    async with memory.body_of(request) as body:
-        yield body
+    return memory.body_of(request)
 
 
 @router.post(
@@ -81,7 +81,6 @@ async def uploaded(request: Request) -> AsyncIterator[Body]:
     response_model_exclude_unset=True,
 )
 async def predict(
-    body: Annotated[Body, Depends(uploaded)],
     request: Request,
     service: Service,
     explain: Annotated[
@@ -89,10 +88,11 @@ async def predict(
     ] = False,
 ) -> FoodPrediction:
     """The photo is decoded in memory; nothing of it is stored or logged."""
-    photo = partial(take_photo, body, request.headers["content-type"])
-    prediction, record, activation = await unless_gone(
-        request, service.predict(photo, with_activation=explain)
-    )
+    async with uploaded(request) as body:
+        photo = partial(take_photo, body, request.headers["content-type"])
+        prediction, record, activation = await unless_gone(
+            request, service.predict(photo, with_activation=explain)
+        )
     best = prediction.top[0]
     facts = food_facts(best.class_name)
     request.state.model_version = record.version

@@ -87,7 +87,6 @@ async def check_rate(request: Request, _: Store) -> None:
     dependencies=[Depends(check_rate)],
 )
 async def send_feedback(
-    body: Annotated[Body, Depends(uploaded)],
     request: Request,
     response: Response,
     service: Service,
@@ -100,8 +99,9 @@ async def send_feedback(
     predictor = service.predictor
     if predictor is None:
         raise ModelMissingError(service.problem)
-    take = partial(_take_correction, body, request.headers["content-type"])
-    photo, class_name, request_id = await unless_gone(request, service.run(take))
+    async with uploaded(request) as body:
+        take = partial(_take_correction, body, request.headers["content-type"])
+        photo, class_name, request_id = await unless_gone(request, service.run(take))
     answer = service.answers.to(request_id) if request_id else None
     is_new = class_name not in predictor.classes
     add = partial(store.add, photo, class_name, is_new=is_new, answer=answer)

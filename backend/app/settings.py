@@ -49,6 +49,13 @@ Integer = Annotated[int, BeforeValidator(plain_number)]
 Seconds = Annotated[float, BeforeValidator(plain_number), Field(allow_inf_nan=False)]
 
 
+def _default_workers() -> int:
+    """Return one more than the cores, if there are several: one waits for Python's lock now and
+    then, and its core would wait too, for an eighth of the time."""
+    cores = num_cores()
+    return cores + 1 if cores > 1 else 1
+
+
 def _default_upload_memory() -> int:
     """Return an eighth of the memory, at most 512 MiB, which holds a hundred photos of a phone."""
     limit = memory_limit()
@@ -69,7 +76,7 @@ class Settings(BaseSettings):
         default="auto", description="form of the model that answers; auto is the fastest here"
     )
     workers: Integer = Field(
-        default_factory=num_cores, ge=1, le=256, description="photos computed at once"
+        default_factory=_default_workers, ge=1, le=256, description="photos computed at once"
     )
     queue_size: Integer = Field(
         default=64, ge=0, description="photos that may wait; more are answered 429"
@@ -115,7 +122,7 @@ class Settings(BaseSettings):
 
     @property
     def threads(self) -> int:
-        """Return the threads for one photo: workers x threads is at most the number of cores."""
+        """Return the threads for one photo: no more than there are cores for all workers."""
         return max(1, min(MAX_THREADS, num_cores() // self.workers))
 
     @field_validator("model_dir", "feedback_dir", "offline_dir")

@@ -43,11 +43,12 @@ def test_every_form_of_a_model_can_be_chosen(monkeypatch: pytest.MonkeyPatch) ->
         assert loaded(monkeypatch, RUNTIME=runtime).runtime == runtime
 
 
-def test_there_are_as_many_workers_as_cores_that_may_be_used(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert loaded(monkeypatch).workers == num_cores()
+def test_all_cores_that_may_be_used_have_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loaded(monkeypatch).workers >= num_cores()
+    monkeypatch.setattr("app.settings.num_cores", lambda: 1)
+    assert (loaded(monkeypatch).workers, loaded(monkeypatch).threads) == (1, 1)
     monkeypatch.setattr("app.settings.num_cores", lambda: 6)
+    assert (loaded(monkeypatch).workers, loaded(monkeypatch).threads) == (7, 1)
     assert loaded(monkeypatch, WORKERS="2").threads == 3
     assert loaded(monkeypatch, WORKERS="7").threads == 1
     monkeypatch.setattr("app.settings.num_cores", lambda: 64)

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from app.ml.machine import free_shared_memory, num_cores
 from app.ml.preprocessing import (
@@ -43,7 +44,7 @@ from training.errors import DataError
 
 MAX_WORKERS = 8
 PREFETCH = 2  # batches that each worker reads ahead
-WORKER_TIMEOUT = 300  # seconds without a batch after which a worker counts as hanging
+READING_TIMEOUT = 300  # seconds without a batch after which whoever reads it counts as hanging
 OUTAGE_SECONDS = 30  # how long a disk that has gone is waited for
 OUTAGE_ERRORS = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 OUTAGE_ERRORS |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ECONNABORTED}
@@ -135,9 +136,21 @@ class Images(Dataset[Sample]):
         self._had_root = self.root.exists()
 
     def __getitems__(self, keys: list[SampleKey]) -> list[Sample]:
-        """Called by the DataLoader for each batch."""
-        patience = Patience()
-        return [self._sample(key, patience) for key in keys]
+        """Called by the DataLoader for each batch.
+
+        Raises:
+            DataError: the disk hangs; in a worker, PyTorch finds that out.
+        """
+        read = functools.partial(self._sample, patience=Patience())
+        if get_worker_info():
+            return [read(key) for key in keys]
+        try:
+            return reading_threads().map_async(read, keys, chunksize=1).get(READING_TIMEOUT)
+        except multiprocessing.TimeoutError as error:
+            raise DataError(
+                f"no batch of images could be read in {READING_TIMEOUT} s; check the disk that "
+                "holds them"
+            ) from error
 
     def __getitem__(self, key: SampleKey) -> Sample:
         return self._sample(key, Patience())
@@ -188,6 +201,17 @@ class EvalImages(Images):
 
     def _read(self, key: SampleKey, path: str) -> Sample:
         return Sample(key, self.transform(load_image(path, TRAINING_LIMITS)))
+
+
+@functools.cache
+def reading_threads() -> ThreadPool:
+    """Start a thread for each core, which reads where there are no worker processes.
+
+    Cores that compute have nothing to gain from reading ahead: a worker beside two threads that
+    compute makes one of them wait for the other (docs/experiments.md).
+    """
+    # Daemons, unlike those of concurrent.futures: one that hangs keeps no process alive.
+    return ThreadPool(num_cores(), torch.set_num_threads, (1,))
 
 
 class Patience:
@@ -266,7 +290,7 @@ def collate(samples: list[Sample], crop: int) -> Batch:
 
 
 class ImageLoader:
-    """Iterate over the batches of one split with worker processes, in the sampler's order.
+    """Iterate over the batches of one split, in the sampler's order.
 
     skipped: collects path -> reason, of all epochs. workers_stay: they stay alive between epochs,
     which is worth it where there are many.
@@ -292,7 +316,7 @@ class ImageLoader:
             num_workers=num_workers,
             collate_fn=functools.partial(collate, crop=dataset.crop),
             pin_memory=device.type == "cuda",
-            timeout=WORKER_TIMEOUT if num_workers else 0,
+            timeout=READING_TIMEOUT if num_workers else 0,
             prefetch_factor=PREFETCH if num_workers else None,
             persistent_workers=workers_stay and num_workers > 0,
             multiprocessing_context=START_METHOD if num_workers else None,
@@ -423,9 +447,11 @@ def chosen_num_workers(num_workers: int | str, device: torch.device) -> int:
 def default_num_workers(device: torch.device) -> int:
     """Choose the number of worker processes of one trainer.
 
-    Beside a GPU its share of the cores, eight at most (each takes about 1 ms an image); where the
-    cores compute, one, which leaves nothing to wait for and takes 4% of two cores.
+    Beside a GPU its share of the cores, eight at most (each takes about 1 ms an image); none where
+    the cores compute, see `reading_threads`.
     """
+    if device.type == "cpu":
+        return 0
     cores = num_cores()
     # Set by torchrun; where no processes have joined, another launcher left it behind.
     joined = dist.is_available() and dist.is_initialized()
