@@ -8,7 +8,9 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -551,7 +553,16 @@ class Hanging(Images):
         return Sample(key, torch.zeros(3, self.crop, self.crop, dtype=torch.uint8))
 
 
+@pytest.fixture
+def threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What hangs in this test hangs in no other."""
+    with ThreadPool(2) as threads:
+        monkeypatch.setattr(loader, "reading_threads", lambda: threads)
+        yield
+
+
 @needs_fork
+@pytest.mark.usefixtures("threads_of_its_own")
 @pytest.mark.parametrize("num_workers", ["0", "1"])
 def test_a_signal_is_obeyed_while_a_reader_hangs(
     num_workers: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch

@@ -32,6 +32,7 @@ from training.data.folders import (
 )
 from training.data.loader import (
     MAX_WORKERS,
+    chosen_num_workers,
     default_num_workers,
     eval_loader,
     num_cores,
@@ -130,9 +131,9 @@ def expand(pattern: str) -> list[str]:
 
 
 def reader_processes(setting: int | str, device: torch.device) -> int:
-    """Resolve "auto": without training, reading is half of the work, so it gets half the cores."""
-    if setting != "auto":
-        return int(setting)
+    """Resolve "auto": beside a GPU reading is most of the work, so it gets half the cores."""
+    if setting != "auto" or device.type == "cpu":
+        return chosen_num_workers(setting, device)
     return max(default_num_workers(device), min(MAX_WORKERS, num_cores() // 2))
 
 

@@ -211,7 +211,9 @@ def reading_threads() -> ThreadPool:
     compute makes one of them wait for the other (docs/experiments.md).
     """
     # Daemons, unlike those of concurrent.futures: one that hangs keeps no process alive.
-    return ThreadPool(num_cores(), torch.set_num_threads, (1,))
+    threads = ThreadPool(num_cores(), torch.set_num_threads, (1,))
+    atexit.register(threads.terminate)
+    return threads
 
 
 class Patience:

@@ -82,7 +82,7 @@ def test_it_is_tried_for_a_long_training_on_a_cpu_with_the_instructions(
     assert not may_pay(LAYERS, CPU, config, num_images)
 
 
-@pytest.mark.parametrize(("int8", "pays"), [(7.9, True), (8.1, False)])
+@pytest.mark.parametrize(("int8", "pays"), [(8.9, True), (9.1, False)])
 def test_it_is_taken_where_it_is_clearly_faster_and_one_line_says_so(
     int8: float,
     pays: bool,
@@ -96,8 +96,22 @@ def test_it_is_taken_where_it_is_clearly_faster_and_one_line_says_so(
     assert bool(len(quantized(layers, split))) == pays
     form = "in int8" if pays else "stay as they are"
     (line,) = caplog.messages
-    told = f"frozen layers {form}: 6 images take 10 ms as they are, 8 ms in int8 (error 0.0"
+    size = settings().sizes["train_crop"]
+    told = f"frozen layers {form}: 6 images of {size} pixels take 10 ms as they are, 9 ms in int8 ("
     assert line.startswith(told)
+
+
+def test_what_is_timed_has_the_size_of_the_last_epochs(
+    layers: nn.Module, split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setattr(frozen_int8, "WORTHWHILE", 100)
+    monkeypatch.setattr(
+        frozen_int8, "compare", lambda _, __, batch: sizes.append(batch.images.shape) or (1.0, 1.0)
+    )
+    config = replace(settings(), first_crop=32, train_crop=64, small_epochs=4)
+    assert len(int8_if_faster(layers, part(layers), config, split, {}))
+    assert sizes == [(6, 3, 64, 64)]
 
 
 def test_it_is_not_taken_where_the_features_differ(

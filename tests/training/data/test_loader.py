@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from training.data.loader import (
     EpochSampler,
     EvalImages,
     ImageLoader,
+    Sample,
     SampleKey,
     TrainImages,
     collate,
@@ -223,10 +226,45 @@ def test_validation_is_never_augmented(photos: tuple[str, ...]) -> None:
     assert same(epoch_of(reader, 0), epoch_of(reader, 3, view=9))
 
 
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPool]:
+    """Two reading threads of this test's own, whatever hangs in others."""
+    with ThreadPool(2) as pool:
+        monkeypatch.setattr(loader_module, "reading_threads", lambda: pool)
+        yield pool
+
+
+@pytest.mark.usefixtures("threads")
+def test_without_workers_threads_read_at_the_same_time(
+    photos: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(epoch_of(loader(photos, train=True), 0))
+    both, read = threading.Barrier(2, timeout=20), TrainImages._read
+
+    def read_when_another_does(self: TrainImages, key: SampleKey, path: str) -> Sample:
+        both.wait()
+        return read(self, key, path)
+
+    monkeypatch.setattr(TrainImages, "_read", read_when_another_does)
+    assert same(iter(expected), epoch_of(loader(photos, train=True), 0))
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_disk_that_hangs_ends_the_epoch(
+    photos: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(EvalImages, "_read", lambda *_: answers.wait(60))
+    monkeypatch.setattr(loader_module, "READING_TIMEOUT", 0.2)
+    with pytest.raises(DataError, match=r"could be read in 0.2 s; check the disk"):
+        next(iter(loader(photos, train=False)))
+    answers.set()
+
+
 def test_workers_help_where_the_cores_do_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, on_cpu, beside_a_gpu in [(1, 0, 1), (2, 1, 2), (64, 1, 8)]:
+    for cores, beside_a_gpu in [(1, 1), (2, 2), (64, 8)]:
         monkeypatch.setattr(loader_module, "num_cores", lambda cores=cores: cores)
-        assert default_num_workers(CPU) == on_cpu
+        assert default_num_workers(CPU) == 0
         assert default_num_workers(torch.device("cuda")) == beside_a_gpu
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     monkeypatch.setattr(loader_module.dist, "is_initialized", lambda: True)
