@@ -141,7 +141,8 @@ class TrainingConfig:
     train_split: float = pinned(
         "data", 0.8, number(0, 1), "share of the training images to train on")
     num_workers: int | str = setting(
-        "data", "auto", or_word(integer(0), "auto"), "processes that read images")
+        "data", "auto", or_word(integer(0), "auto"),
+        "processes that read images (0: threads do, as with auto on a CPU)")
     cache_images: str = setting(
         "data", "on", choice("on", "off"), "keep small decoded copies of the images")
     cache_views: int = pinned(
