@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from app.ml.artifacts import read_record
 from app.ml.model import BACKBONES, build_model
 from training.compute import features, frozen_int8
 from training.data import loader
-from training.data.loader import Batch, Images, Sample, SampleKey
+from training.data.loader import Batch, Images, ReadingThreads, Sample, SampleKey
 from training.run import checkpointer, checkpoints
 from training.run.checkpoints import load_checkpoint
 from training.run.state import Run
@@ -556,9 +555,11 @@ class Hanging(Images):
 @pytest.fixture
 def threads_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What hangs in this test hangs in no other."""
-    with ThreadPool(2) as threads:
-        monkeypatch.setattr(loader, "reading_threads", lambda: threads)
-        yield
+    threads = ReadingThreads(2)
+    monkeypatch.setattr(loader, "reading_threads", lambda: threads)
+    monkeypatch.setattr(loader, "CLOSING_SECONDS", 0)
+    yield
+    threads.close()
 
 
 @needs_fork
@@ -588,6 +589,16 @@ def test_a_reader_that_hangs_ends_the_run_in_one_line(
     assert train(tmp_path, photos, "--num_workers", "1") == 1
     assert "a process that reads images died or hangs" in caplog.messages[-1]
     assert "--shm-size" in caplog.messages[-1] and "\n" not in caplog.messages[-1]
+
+
+@pytest.mark.usefixtures("threads_of_its_own")
+def test_a_disk_that_hangs_ends_the_run_in_one_line(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("training.compute.features.TrainImages", Hanging)
+    monkeypatch.setattr(loader, "READING_TIMEOUT", 1)
+    assert train(tmp_path, photos) == 1
+    assert "could not be read in 1 s; check the disk" in caplog.messages[-1]
 
 
 # What a step must not do ----------------------------------------------------------------------

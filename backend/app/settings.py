@@ -18,6 +18,7 @@ MODEL_DIR = Path(__file__).resolve().parents[2] / "ml-models"
 MEBIBYTE = 2**20
 # CPU time of one photo on two free cores: 13 ms with 1 thread, 18 with 4, 24 with 8, 39 with 32.
 MAX_THREADS = 4
+MAX_WORKERS = 256
 
 # Names with our prefix that are somebody else's: what Kubernetes and Docker write for a service or
 # a container that is called "nutrilearn" (or "nutrilearn-..."), and the switch of the test suite.
@@ -53,7 +54,7 @@ def _default_workers() -> int:
     """Return one more than the cores, if there are several: one waits for Python's lock now and
     then, and its core would wait too, for an eighth of the time."""
     cores = num_cores()
-    return cores + 1 if cores > 1 else 1
+    return min(cores + 1, MAX_WORKERS) if cores > 1 else 1
 
 
 def _default_upload_memory() -> int:
@@ -76,7 +77,10 @@ class Settings(BaseSettings):
         default="auto", description="form of the model that answers; auto is the fastest here"
     )
     workers: Integer = Field(
-        default_factory=_default_workers, ge=1, le=256, description="photos computed at once"
+        default_factory=_default_workers,
+        ge=1,
+        le=MAX_WORKERS,
+        description="photos computed at once",
     )
     queue_size: Integer = Field(
         default=64, ge=0, description="photos that may wait; more are answered 429"

@@ -94,7 +94,7 @@ def calibration_batch(config: TrainingConfig, split: Split, skipped: dict[str, s
 
 
 def at_size(batch: Batch, crop: int) -> Batch:
-    """Return a batch of this side, to be timed: where pictures grow, the largest cost most."""
+    """Return a batch of this side, to be timed: where pictures grow, at their last size."""
     return dataclasses.replace(batch, images=F.interpolate(batch.images, (crop, crop)))
 
 

@@ -91,12 +91,13 @@ class ImageCache:
             temporary.write_bytes(data + zlib.crc32(data).to_bytes(CRC_BYTES, "big"))
             os.replace(temporary, entry)
         except OSError as error:
-            self.is_growing = False
-            logger.warning(
-                "no more images are added to the cache in %s (%s); continuing, slower",
-                self.folder,
-                error,
-            )
+            was_growing, self.is_growing = self.is_growing, False
+            if was_growing:  # else another thread has said so
+                logger.warning(
+                    "no more images are added to the cache in %s (%s); continuing, slower",
+                    self.folder,
+                    error,
+                )
             with contextlib.suppress(OSError):  # where the folder cannot be made, there is no file
                 temporary.unlink(missing_ok=True)
 

@@ -15,12 +15,15 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +47,8 @@ from training.errors import DataError
 
 MAX_WORKERS = 8
 PREFETCH = 2  # batches that each worker reads ahead
-READING_TIMEOUT = 300  # seconds without a batch after which whoever reads it counts as hanging
+READING_TIMEOUT = 300  # seconds after which a worker or a thread that reads counts as hanging
+CLOSING_SECONDS = 5  # that threads which read have to end at exit
 OUTAGE_SECONDS = 30  # how long a disk that has gone is waited for
 OUTAGE_ERRORS = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 OUTAGE_ERRORS |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ECONNABORTED}
@@ -144,13 +148,7 @@ class Images(Dataset[Sample]):
         read = functools.partial(self._sample, patience=Patience())
         if get_worker_info():
             return [read(key) for key in keys]
-        try:
-            return reading_threads().map_async(read, keys, chunksize=1).get(READING_TIMEOUT)
-        except multiprocessing.TimeoutError as error:
-            raise DataError(
-                f"no batch of images could be read in {READING_TIMEOUT} s; check the disk that "
-                "holds them"
-            ) from error
+        return reading_threads().map(read, keys)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         return self._sample(key, Patience())
@@ -203,17 +201,70 @@ class EvalImages(Images):
         return Sample(key, self.transform(load_image(path, TRAINING_LIMITS)))
 
 
-@functools.cache
-def reading_threads() -> ThreadPool:
-    """Start a thread for each core, which reads where there are no worker processes.
+class ReadingThreads:
+    """Threads that read a batch between them, where there are no worker processes.
 
     Cores that compute have nothing to gain from reading ahead: a worker beside two threads that
-    compute makes one of them wait for the other (docs/experiments.md).
+    compute makes one of them wait for the other (docs/experiments.md). Unlike the threads of
+    Python's pools these need no shared memory, and one that hangs keeps no process alive.
     """
-    # Daemons, unlike those of concurrent.futures: one that hangs keeps no process alive.
-    threads = ThreadPool(num_cores(), torch.set_num_threads, (1,))
-    atexit.register(threads.terminate)
-    return threads
+
+    def __init__(self, count: int) -> None:
+        torch.get_num_threads()  # this thread's own number, before the others set theirs
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)
+        while job := self._jobs.get():
+            job()
+
+    def map(self, read: Callable[[SampleKey], Sample], keys: list[SampleKey]) -> list[Sample]:
+        """Read all of them, in order.
+
+        Raises:
+            DataError: one of them takes longer than `READING_TIMEOUT`.
+        """
+        samples: list[Future[Sample]] = [Future() for _ in keys]
+        for key, sample in zip(keys, samples, strict=True):
+            self._jobs.put(functools.partial(_fulfil, sample, read, key))
+        return [_waited_for(sample) for sample in samples]
+
+    def close(self) -> None:
+        """Drop what is not begun and end; a process that exits with a thread in torch aborts."""
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
+        for _ in self._threads:
+            self._jobs.put(None)
+        until = time.monotonic() + CLOSING_SECONDS
+        for thread in self._threads:
+            thread.join(max(0, until - time.monotonic()))
+
+
+def _fulfil(sample: "Future[Sample]", read: Callable[[SampleKey], Sample], key: SampleKey) -> None:
+    try:
+        sample.set_result(read(key))
+    except BaseException as error:  # noqa: BLE001 (it is raised where the sample is waited for)
+        sample.set_exception(error)
+
+
+def _waited_for(sample: "Future[Sample]") -> Sample:
+    for _ in range(READING_TIMEOUT):  # a second each, as a process that is halted counts none
+        if wait([sample], timeout=1).done:
+            return sample.result()
+    raise DataError(
+        f"an image could not be read in {READING_TIMEOUT} s; check the disk that holds them"
+    )
+
+
+@functools.cache
+def reading_threads() -> ReadingThreads:
+    """Start this process's reading threads, once."""
+    return ReadingThreads(share_of_cores())
 
 
 class Patience:
@@ -449,14 +500,17 @@ def chosen_num_workers(num_workers: int | str, device: torch.device) -> int:
 def default_num_workers(device: torch.device) -> int:
     """Choose the number of worker processes of one trainer.
 
-    Beside a GPU its share of the cores, eight at most (each takes about 1 ms an image); none where
-    the cores compute, see `reading_threads`.
+    Beside a GPU its share of the cores (each takes about 1 ms an image); none where the cores
+    compute, see `ReadingThreads`.
     """
     if device.type == "cpu":
         return 0
-    cores = num_cores()
+    return share_of_cores() if device.type == "cuda" else min(1, num_cores() - 1)
+
+
+def share_of_cores() -> int:
+    """Return how many cores one trainer of this machine may read with, eight at most."""
     # Set by torchrun; where no processes have joined, another launcher left it behind.
     joined = dist.is_available() and dist.is_initialized()
     trainers = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if joined else 1
-    share = min(MAX_WORKERS, max(1, cores // trainers))
-    return share if device.type == "cuda" else min(1, cores - 1)
+    return min(MAX_WORKERS, max(1, num_cores() // trainers))

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from training.data.loader import (
     EpochSampler,
     EvalImages,
     ImageLoader,
+    ReadingThreads,
     Sample,
     SampleKey,
     TrainImages,
@@ -227,11 +228,12 @@ def test_validation_is_never_augmented(photos: tuple[str, ...]) -> None:
 
 
 @pytest.fixture
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPool]:
+def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two reading threads of this test's own, whatever hangs in others."""
-    with ThreadPool(2) as pool:
-        monkeypatch.setattr(loader_module, "reading_threads", lambda: pool)
-        yield pool
+    own = ReadingThreads(2)
+    monkeypatch.setattr(loader_module, "reading_threads", lambda: own)
+    yield
+    own.close()
 
 
 @pytest.mark.usefixtures("threads")
@@ -255,10 +257,46 @@ def test_a_disk_that_hangs_ends_the_epoch(
 ) -> None:
     answers = threading.Event()
     monkeypatch.setattr(EvalImages, "_read", lambda *_: answers.wait(60))
-    monkeypatch.setattr(loader_module, "READING_TIMEOUT", 0.2)
-    with pytest.raises(DataError, match=r"could be read in 0.2 s; check the disk"):
+    monkeypatch.setattr(loader_module, "READING_TIMEOUT", 1)
+    with pytest.raises(DataError, match="could not be read in 1 s; check the disk"):
         next(iter(loader(photos, train=False)))
     answers.set()
+
+
+@pytest.mark.usefixtures("threads")
+def test_what_a_reader_raises_is_raised(
+    photos: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(EvalImages, "_read", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        next(iter(loader(photos, train=False)))
+
+
+@pytest.mark.parametrize(
+    "read",
+    ["lambda key: torch.ones(2000, 2000) @ torch.ones(2000, 2000)", "lambda key: time.sleep(100)"],
+)
+def test_a_process_ends_whatever_its_readers_do(read: str) -> None:
+    """Its own way: a thread that is inside torch meanwhile would abort it."""
+    script = f"""
+import sys, threading, time, torch
+from training.data import loader
+loader.CLOSING_SECONDS = 2
+threads = loader.ReadingThreads(2)
+threading.Thread(target=threads.map, args=({read}, range(20)), daemon=True).start()
+time.sleep(0.2)
+assert torch.get_num_threads() == int(sys.argv[1])
+sys.exit(3)
+"""
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(BACKEND), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", script, "2"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
+    assert (result.returncode, result.stderr) == (3, "")
+    assert time.monotonic() - began < 60
 
 
 def test_workers_help_where_the_cores_do_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
