@@ -48,7 +48,7 @@ from training.errors import DataError
 MAX_WORKERS = 8
 PREFETCH = 2  # batches that each worker reads ahead
 READING_TIMEOUT = 300  # seconds after which a worker or a thread that reads counts as hanging
-CLOSING_SECONDS = 5  # that threads which read have to end at exit
+CLOSING_SECONDS = 5  # what threads that read are given to end at exit
 OUTAGE_SECONDS = 30  # how long a disk that has gone is waited for
 OUTAGE_ERRORS = {errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ENODEV, errno.ENXIO}
 OUTAGE_ERRORS |= {errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ECONNABORTED}
@@ -253,11 +253,11 @@ def _fulfil(sample: "Future[Sample]", read: Callable[[SampleKey], Sample], key: 
 
 
 def _waited_for(sample: "Future[Sample]") -> Sample:
-    for _ in range(READING_TIMEOUT):  # a second each, as a process that is halted counts none
+    for _ in range(READING_TIMEOUT):  # of a second, so that being halted counts as one
         if wait([sample], timeout=1).done:
             return sample.result()
     raise DataError(
-        f"an image could not be read in {READING_TIMEOUT} s; check the disk that holds them"
+        f"an image could not be read in {READING_TIMEOUT} s; check the disk that holds it"
     )
 
 
