@@ -96,15 +96,22 @@ def log_epoch(metrics: dict[str, Any], run: Run, is_best: bool) -> None:
         100 * metrics["data_wait_share"],
         "  best" if is_best else "",
     )
-    if metrics["epoch"] > 1 and metrics["data_wait_share"] > SLOW_DATA_SHARE:
-        logger.info(
-            "the loader is the bottleneck; raise --num_workers (now %s)%s",
-            run.config.num_workers,
-            "" if run.config.cache_images == "on" else " or set --cache_images on",
-        )
+    is_slow = metrics["epoch"] > 1 and metrics["data_wait_share"] > SLOW_DATA_SHARE
+    if is_slow and (remedies := remedies_for_slow_data(run)):
+        logger.info("the loader is the bottleneck; %s", " or ".join(remedies))
     if run.early_stopping.should_stop:
         patience = run.config.early_stopping_patience
         logger.info("early stopping: no lower validation loss for %d epochs", patience)
+
+
+def remedies_for_slow_data(run: Run) -> list[str]:
+    """List what would help; not more workers, where all cores read and then compute."""
+    remedies, num_workers = [], run.config.num_workers
+    if num_workers or run.trained.linear.weight.device.type != "cpu":
+        remedies.append(f"raise --num_workers (now {num_workers})")
+    if run.config.cache_images == "off":
+        remedies.append("set --cache_images on")
+    return remedies
 
 
 def log_release(released: ModelRecord, config: TrainingConfig) -> None:
