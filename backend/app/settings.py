@@ -126,7 +126,7 @@ class Settings(BaseSettings):
 
     @property
     def threads(self) -> int:
-        """Return the threads for one photo: no more than there are cores for all workers."""
+        """Return the threads for one photo: the cores shared among the workers, at least one."""
         return max(1, min(MAX_THREADS, num_cores() // self.workers))
 
     @field_validator("model_dir", "feedback_dir", "offline_dir")

@@ -64,7 +64,8 @@ def int8_if_faster(
         "frozen layers %s: %d images of %d pixels take %.0f ms as they are, %.0f ms in int8 "
         "(error %.2g)",
         "in int8" if pays else "stay as they are",
-        *largest.images.shape[::3],
+        len(largest.images),
+        largest.images.shape[-1],
         *times,
         error,
     )

@@ -32,7 +32,9 @@ RESERVED_BYTES = 1 << 30  # the cache stops growing when less than this is free 
 CRC_BYTES = 4
 SUFFIX = ".jpg+crc"
 
-# torchvision 0.29 calls decoding deprecated; Pillow gives the same pixels in 1.6 times the time.
+# torchvision 0.29 calls decoding deprecated, once per process, which is nothing that whoever trains
+# could mend; Pillow gives the same pixels in 1.6 times the time. Not around each call, as threads
+# share the filters.
 warnings.filterwarnings("ignore", "The image decoding", DeprecationWarning, "torchvision")
 
 logger = logging.getLogger(__name__)
